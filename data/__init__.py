@@ -1,0 +1,1 @@
+"""Samples to batches; knows no model and no cluster."""

@@ -1,0 +1,1 @@
+"""From a YAML to ranks that run, and back into the queue."""

@@ -1,0 +1,1 @@
+"""The model and its training; knows no cluster, no dataset, no W&B."""

@@ -1,0 +1,139 @@
+"""What a model, its experts and their training are set to; standard library only, so that a login node can read it.
+
+Each section checks what it can check alone: `check()` yields `(field, what is wrong, hint)`.
+What only several sections together can know is checked in `launch/spec.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+Complaint = tuple[str, str, str]
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    backbone: str = "stablelm"  # a row of moe.backbones.LANGUAGE
+    weights: str = ""  # hub name or folder; empty: the row's own
+    random: bool = False  # build from the config below and load nothing
+    config: Mapping[str, object] = field(default_factory=dict)  # changes to the row's config
+    tokenizer: str = ""  # hub name or folder; "train:512" trains 512 tokens on the run's texts; empty: as weights
+    tower: str = "clip-l-336"  # a row of moe.backbones.VISION
+    tower_weights: str = ""
+    tower_config: Mapping[str, object] = field(default_factory=dict)
+    projector: str = "mlp2x_gelu"  # or linear, mlpNx_gelu
+    attention: Literal["auto", "sdpa", "flash", "eager"] = "auto"
+
+    def check(self) -> Iterator[Complaint]:
+        if self.config and "vocab_size" in self.config and self.tokenizer.startswith("train:"):
+            yield "config", "vocab_size is the trained tokenizer's", "leave it out"
+        if self.tokenizer.startswith("train:") and not self.tokenizer[6:].isdigit():
+            yield "tokenizer", f"{self.tokenizer!r}: expected a number of tokens after 'train:'", "say train:512"
+        depth = self.projector.removeprefix("mlp").removesuffix("x_gelu")
+        if self.projector != "linear" and not (
+            depth.isdigit() and int(depth) > 0 and self.projector == f"mlp{depth}x_gelu"
+        ):
+            yield "projector", f"{self.projector!r} is neither linear nor mlpNx_gelu", "say mlp2x_gelu"
+
+
+@dataclass(frozen=True)
+class MoESpec:
+    """Sparse layers; the defaults are MoE-LLaVA's (scripts/v1/*/finetune_moe.sh)."""
+
+    experts: int | tuple[int, ...] = 4  # copies of the dense FFN; a list gives a number a sparse layer
+    top_k: int = 2
+    layers: str | tuple[int, ...] = "sparse"  # first_half, second_half, sparse, dense, or indices
+    capacity_factor: float = 1.5  # in training; 0: dropless
+    eval_capacity_factor: float = 0.0
+    min_capacity: int = 0
+    aux_loss: float = 0.01  # coefficient of the load-balancing loss, summed over layers
+    z_loss: float = 0.0
+    noise: Literal["none", "gumbel"] = "none"  # in training, for the second choice
+    residual: bool = False  # PR-MoE: the dense FFN stays beside the experts
+    rules: Literal["default", "moe_llava"] = "default"
+    expert_parallel: int = 1  # ranks that share one set of experts
+    dispatcher: Literal["auto", "tutel", "torch"] = "auto"
+
+    @property
+    def experts_per_layer(self) -> tuple[int, ...]:
+        """The numbers of experts named, one where all layers share it."""
+        return (self.experts,) if isinstance(self.experts, int) else self.experts
+
+    def check(self) -> Iterator[Complaint]:
+        if not self.experts_per_layer or min(self.experts_per_layer) < 1:
+            yield "experts", f"{self.experts}: a layer needs at least one expert", ""
+            return
+        if not 1 <= self.top_k:
+            yield "top_k", f"{self.top_k}: a token needs at least one expert", ""
+        if self.top_k > min(self.experts_per_layer):
+            yield "top_k", f"top_k ({self.top_k}) is more than experts ({min(self.experts_per_layer)})", ""
+        if self.expert_parallel < 1:
+            yield "expert_parallel", f"{self.expert_parallel}: at least one rank holds the experts", ""
+        elif any(n % self.expert_parallel for n in self.experts_per_layer):
+            yield (
+                "experts",
+                f"experts ({self.experts}) must be a multiple of expert_parallel ({self.expert_parallel})",
+                "",
+            )
+        names = ("first_half", "second_half", "sparse", "dense")
+        if isinstance(self.layers, str) and self.layers not in names:
+            yield "layers", f"{self.layers!r} is none of {', '.join(names)} and no list of layer numbers", ""
+        for key in ("capacity_factor", "eval_capacity_factor", "min_capacity", "aux_loss", "z_loss"):
+            if getattr(self, key) < 0:
+                yield key, f"{getattr(self, key)} is below 0", ""
+        if self.noise == "gumbel" and self.top_k != 2:
+            yield "noise", "gumbel noise is defined for the second of two choices; top_k is not 2", "say noise: none"
+
+
+@dataclass(frozen=True)
+class OptimSpec:
+    """AdamW; the defaults are MoE-LLaVA's: no weight decay, cosine to 0, no clipping."""
+
+    lr: float = 2e-5
+    projector_lr: float = 0.0  # 0: as lr
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip: float = 0.0  # global gradient norm; 0: none
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup: float = 0.03  # fraction of all steps
+
+    def check(self) -> Iterator[Complaint]:
+        if not self.lr > 0:
+            yield "lr", f"{self.lr} is not above 0", ""
+        if not 0 <= self.warmup < 1:
+            yield "warmup", f"{self.warmup} is no fraction of the steps", "say 0.03 for 3 %"
+        if self.clip < 0:
+            yield "clip", f"{self.clip} is below 0", "say 0 for no clipping"
+        if not all(0 <= b < 1 for b in self.betas):
+            yield "betas", f"{self.betas}: each must be in [0, 1)", ""
+
+
+@dataclass(frozen=True)
+class TrainSpec:
+    steps: int = 0  # optimizer steps; 0: as many as `epochs` need
+    epochs: float = 1.0
+    global_batch: int = 128  # samples per optimizer step, over all ranks
+    micro_batch: int = 8  # samples per forward pass on one rank
+    precision: Literal["bf16", "fp32"] = "bf16"
+    zero: int = 2  # DeepSpeed ZeRO stage
+    offload: bool = False  # optimizer on the CPU
+    recompute: bool = True  # activation checkpointing
+    save_every: int = 500  # steps
+    save_async: bool = False
+    keep: int = 2  # complete checkpoints kept
+    log_every: int = 1  # steps
+    optim: OptimSpec = field(default_factory=OptimSpec)
+
+    def check(self) -> Iterator[Complaint]:
+        for key in ("global_batch", "micro_batch", "save_every", "keep", "log_every"):
+            if getattr(self, key) < 1:
+                yield key, f"{getattr(self, key)}: at least 1", ""
+        if self.steps < 0:
+            yield "steps", f"{self.steps} is below 0", "say 0 to train for `epochs`"
+        if self.steps == 0 and not self.epochs > 0:
+            yield "epochs", f"{self.epochs}: neither steps nor epochs say how long to train", ""
+        if self.zero not in (0, 1, 2, 3):
+            yield "zero", f"{self.zero} is none of 0, 1, 2, 3", ""
