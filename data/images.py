@@ -1,0 +1,136 @@
+"""A picture file to the square float tensor that a vision tower takes, equal to the reference's to 1e-5.
+
+As in the reference, EXIF rotation is not applied and transparency is dropped, not blended. Unlike it, 16-bit
+pictures are scaled to 8 bits instead of saturated, and a picture one to three pixels high is a picture.
+"""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+Aspect = Literal["square", "pad"]
+
+MOST_PIXELS = 178_956_970  # where Pillow refuses; a decoded picture of that size takes half a gigabyte
+LONGEST = 16  # aspect ratio above which only the part that the crop keeps is resized
+
+# Pillow warns from half of MOST_PIXELS on, for each picture anew. The limit is checked here, in words.
+Image.MAX_IMAGE_PIXELS = None
+
+
+class ImageError(ValueError):
+    """A picture that cannot be used; the message names the file and says why."""
+
+
+@dataclass(frozen=True)
+class ImageFormat:
+    """What a vision tower takes.
+
+    crop scales the short edge and cuts out the middle (CLIP), squash scales both edges (SigLIP). `mean` and
+    `std` are of channels scaled to 0..1.
+    """
+
+    size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    resize: Literal["crop", "squash"]
+
+    @property
+    def background(self) -> tuple[int, int, int]:
+        """The colour that pads to a square: the mean, rounded down (MoE-LLaVA, moellava/mm_utils.py)."""
+        red, green, blue = (int(channel * 255) for channel in self.mean)
+        return red, green, blue
+
+
+def load(path: Path | str | bytes, format: ImageFormat, aspect: Aspect) -> Tensor:
+    """A picture file, or its bytes, as float32 [3, size, size]; ImageError when it cannot be read."""
+    return normalise(torch.from_numpy(pixels(path, format, aspect)).permute(2, 0, 1), format)
+
+
+def normalise(raw: Tensor, format: ImageFormat) -> Tensor:
+    """uint8 [..., 3, H, W] to contiguous float32: scaled to 0..1, less the mean, over the deviation."""
+    mean, std = (
+        torch.tensor(values, dtype=torch.float32).view(3, 1, 1) for values in (format.mean, format.std)
+    )
+    return raw.to(torch.float32, memory_format=torch.contiguous_format).mul_(1 / 255).sub_(mean).div_(std)
+
+
+def pixels(path: Path | str | bytes, format: ImageFormat, aspect: Aspect) -> np.ndarray:
+    """The scaled picture before normalisation, uint8 [size, size, 3]."""
+    picture = read(path)
+    if aspect == "pad":
+        picture = _padded(picture, format.background)
+    if format.resize == "squash":
+        picture = picture.resize((format.size, format.size), Image.Resampling.BICUBIC)
+    else:
+        picture = _cropped(picture, format.size)
+    return np.array(picture)  # a copy: Pillow's own buffer is read-only
+
+
+def read(path: Path | str | bytes) -> Image.Image:
+    """The picture in RGB, the first frame of an animated one; ImageError says what is wrong with the file."""
+    name = "picture" if isinstance(path, bytes) else str(path)
+    try:
+        with Image.open(io.BytesIO(path) if isinstance(path, bytes) else path) as picture:
+            width, height = picture.size
+            if width * height > MOST_PIXELS:
+                raise ImageError(
+                    f"{name}: {width} x {height} pixels are more than {MOST_PIXELS:,}; scale it down first"
+                )
+            return _rgb(picture)
+    except FileNotFoundError:
+        raise ImageError(f"{name}: there is no such file") from None
+    except UnidentifiedImageError:
+        empty = not path if isinstance(path, bytes) else Path(path).stat().st_size == 0
+        raise ImageError(
+            f"{name}: {'the file is empty' if empty else 'not a picture that Pillow can read'}"
+        ) from None
+    except ImageError:
+        raise
+    except (OSError, SyntaxError, ValueError, EOFError) as error:  # what Pillow's decoders raise
+        raise ImageError(f"{name}: the picture is damaged: {error}") from None
+
+
+def _rgb(picture: Image.Image) -> Image.Image:
+    if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):
+        values = np.array(picture, dtype=np.float32)
+        if picture.mode != "F" and (picture.mode != "I" or values.max() > 255):
+            values /= 257  # 65535 becomes 255
+        return Image.fromarray(values.clip(0, 255).astype(np.uint8)).convert("RGB")
+    if picture.mode == "P" and "transparency" in picture.info:
+        picture = picture.convert("RGBA")  # the same colours; Pillow warns of the direct way
+    return picture.convert("RGB")
+
+
+def _padded(picture: Image.Image, background: tuple[int, int, int]) -> Image.Image:
+    width, height = picture.size
+    if width == height:
+        return picture
+    side = max(width, height)
+    square = Image.new("RGB", (side, side), background)
+    square.paste(picture, ((side - width) // 2, (side - height) // 2))
+    return square
+
+
+def _cropped(picture: Image.Image, size: int) -> Image.Image:
+    """Short edge to `size`, then its middle; the long edge rounds down (transformers image_transforms.py)."""
+    width, height = picture.size
+    short, long = min(width, height), max(width, height)
+    new = int(size * long / short)
+    offset = (new - size) // 2
+    if long > LONGEST * short:
+        # A picture of one line becomes `size` times as long as it was: only the middle is made. Pillow may
+        # then run its two passes in the other order, which moves hard edges by a few grey levels.
+        left, right = offset * long / new, (offset + size) * long / new
+        box = (left, 0, right, height) if width > height else (0, left, width, right)
+        return picture.resize((size, size), Image.Resampling.BICUBIC, box)
+    scaled = picture.resize((new, size) if width > height else (size, new), Image.Resampling.BICUBIC)
+    x, y = (offset, 0) if width > height else (0, offset)
+    return scaled.crop((x, y, x + size, y + size))
