@@ -1,0 +1,105 @@
+"""What was written where, and what is wrong with it: the words in which a bad spec is told.
+
+A fault points at the value as written, in the file it was written in, also when another file inherits it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from difflib import get_close_matches
+
+COMMAND_LINE = "<command line>"
+
+
+@dataclass(frozen=True)
+class Place:
+    """A spot in a file, or in the n-th `key=value` of the command line; line 0 is the file as a whole."""
+
+    file: str
+    line: int = 0
+    col: int = 0
+    text: str = ""  # the source line
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}" if self.line and self.file != COMMAND_LINE else self.file
+
+
+DEFAULT = Place("default")
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One thing wrong: what, where, and if one is known a way out."""
+
+    place: Place | None
+    message: str
+    hint: str = ""
+
+    def __str__(self) -> str:
+        at = self.place
+        if at is None:
+            return f"error: {self.message}" + (f"\n  hint: {self.hint}" if self.hint else "")
+        lines = [
+            f"{at.file}:{at.line}:{at.col}: error: {self.message}"
+            if at.line
+            else f"{at.file}: error: {self.message}"
+        ]
+        if at.line and at.text:
+            under = re.sub(r"[^\t]", " ", at.text[: at.col - 1])
+            lines += [f"{at.line:5} | {at.text}", f"      | {under}^"]
+        return "\n".join([*lines, *([f"      = hint: {self.hint}"] if self.hint else [])])
+
+
+class SpecError(Exception):
+    """All faults of a spec, file by file in the order they stand there, each once; the command line last."""
+
+    def __init__(self, faults: Iterable[Fault]) -> None:
+        once = list(dict.fromkeys(faults))
+        files = list(dict.fromkeys(fault.place.file if fault.place else "" for fault in once))
+
+        def order(fault: Fault) -> tuple[bool, int, int, int]:
+            at = fault.place or Place("")
+            return at.file == COMMAND_LINE, files.index(at.file), at.line, at.col
+
+        self.faults: tuple[Fault, ...] = tuple(sorted(once, key=order))
+        super().__init__("\n".join(map(str, self.faults)))
+
+
+def join(path: str, key: str) -> str:
+    """A dotted path; a key that would not read as one word is quoted."""
+    key = key if re.fullmatch(r"[\w./+-]+", key) else repr(key)
+    return f"{path}.{key}" if path else key
+
+
+def shorten(text: str) -> str:
+    """Text quoted for a message, cut where it is long."""
+    return repr(text if len(text) <= 60 else text[:57] + "...")
+
+
+def near(word: str, choices: Iterable[str], cutoff: float = 0.6) -> str:
+    """The choice probably meant: equal but for case and hyphens, by initials (lr), or alike."""
+
+    def bare(name: str) -> str:
+        return re.sub(r"[\W_]", "", name).casefold()
+
+    def initials(name: str) -> str:
+        return "".join(part[0] for part in re.split(r"[\W_]+", name.casefold()) if part)
+
+    choices = list(choices)
+    for choice in choices:
+        if bare(choice) == bare(word):
+            return choice
+    for choice in choices:
+        if initials(choice) == word.casefold() != "" or (len(choice) > 1 and initials(word) == choice):
+            return choice
+    folded = {choice.casefold(): choice for choice in choices}
+    found = get_close_matches(word.casefold(), folded, n=1, cutoff=cutoff)
+    return folded[found[0]] if found else ""
+
+
+def did_you_mean(word: str, choices: Iterable[str], otherwise: str = "") -> str:
+    """The hint for a word that is none of the choices."""
+    found = near(word, choices)
+    return f"did you mean {found!r}?" if found else otherwise
