@@ -1,0 +1,307 @@
+"""An image tower, a projector and a language model, called as one; the features go where the text says -200.
+
+Sequences leave the splice right-padded, so a causal language model never lets a real token see a padded one:
+no attention mask is passed (SDPA and flash-attn then take their fast causal kernels), except under the
+reference's routing rules, where padding is routed and its hidden states therefore matter.
+
+Shapes: B sequences, S positions, N images, P patches an image, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from moe import backbones
+from moe.parallel import Groups
+from moe.router import Traffic, balance
+from moe.spec import ModelSpec, MoESpec
+from moe.stages import Part
+
+IMAGE, IGNORE = -200, -100  # LLaVA's: where an image goes; a label that is not learnt
+ROWS = 2048  # positions whose logits are alive at once: 0.8 GB in fp32 for 100k tokens
+
+
+class VLMError(ValueError):
+    """A batch the model cannot take, in words."""
+
+
+@dataclass(frozen=True)
+class Spliced:
+    """Text and images in one sequence, right-padded."""
+
+    embeds: Tensor  # [B, S, D]
+    mask: Tensor  # [B, S] bool: a real position
+    image: Tensor  # [B, S] bool: an image's
+    labels: Tensor | None  # [B, S] int64
+
+
+@dataclass
+class Output:
+    """What one forward pass gives; `logits` are computed when first asked for."""
+
+    hidden: Tensor  # [B, S, D], after the last norm
+    mask: Tensor  # [B, S] bool, as spliced
+    head: Any = field(repr=False)
+    labels: Tensor | None = None  # [B, S] int64, as spliced
+    loss: Tensor | None = None  # ce_sum / tokens + router_loss
+    ce_sum: Tensor | None = None  # fp32, summed over this batch's supervised tokens
+    tokens: Tensor | None = None  # int64, how many those are
+    aux_losses: list[Tensor] = field(default_factory=list)  # one a sparse layer; without their coefficient
+    router_loss: Tensor | None = None  # aux and z losses over all layers, with their coefficients
+    expert_counts: list[Tensor] = field(default_factory=list)  # int64 [E], one a sparse layer
+    dropped: list[Tensor] = field(default_factory=list)  # int64, choices lost to capacity, one a sparse layer
+
+    @property
+    def logits(self) -> Tensor:
+        """[B, S, vocabulary]."""
+        if "_logits" not in self.__dict__:
+            self.__dict__["_logits"] = self.head(self.hidden)
+        return self.__dict__["_logits"]  # type: ignore[no-any-return]
+
+
+class VLM(nn.Module):
+    """`moe` is None until `moe.upcycle` has made FFNs sparse."""
+
+    def __init__(self, spec: ModelSpec, language: Any, tower: Any, projector: nn.Module) -> None:
+        super().__init__()
+        self.spec, self.vision = spec, backbones.vision(spec)
+        self.language, self.tower, self.projector = language, tower, projector
+        self.moe: MoESpec | None = None
+        self.groups = Groups.single()
+
+    def train(self, mode: bool = True) -> VLM:
+        super().train(mode)
+        self.tower.eval()
+        return self
+
+    def recompute(self, on: bool = True) -> None:
+        """Recompute each decoder layer's activations in the backward pass instead of keeping them."""
+        if on:
+            # The re-entrant kind cuts the balancing loss off from its gradient (as it did in the reference).
+            self.language.gradient_checkpointing_enable({"use_reentrant": False})
+        else:
+            self.language.gradient_checkpointing_disable()
+
+    def layers(self) -> nn.ModuleList:
+        """The decoder layers."""
+        layers: nn.ModuleList = self.language.model.layers
+        return layers
+
+    def image_features(self, pixel_values: Tensor) -> Tensor:
+        """[N, 3, H, W] -> [N, P, D]; the tower is frozen."""
+        with torch.no_grad():
+            patches_NPV = self.tower(pixel_values.to(self.tower.dtype)).last_hidden_state
+            if self.vision.drop_first:
+                patches_NPV = patches_NPV[:, 1:]
+        features: Tensor = self.projector(patches_NPV.to(next(self.projector.parameters()).dtype))
+        # A model that scales its input embeddings inside (MiniCPM) must not scale these: the reference does not.
+        return features / getattr(self.language.config, "embedding_multiplier", 1.0)
+
+    def splice(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+    ) -> Spliced:
+        """Put the images' features where -200 stands, drop masked positions, pad on the right.
+
+        As the reference (moellava/model/llava_arch.py), except that a text-only sample brings no dummy image.
+        Raises VLMError when the images and their places differ in number.
+        """
+        everything = torch.ones_like(input_ids, dtype=torch.bool)
+        keep_BS = everything if attention_mask is None else attention_mask.bool()
+        place_BS = (input_ids == IMAGE) & keep_BS
+        images = 0 if pixel_values is None else pixel_values.shape[0]
+        places = int(place_BS.sum())
+        if images != places:
+            raise VLMError(
+                f"the batch brings {images} image(s), but its texts have {places} place(s) for one (-200); "
+                "a text was cut inside its images, or a sample names another number of images than it brings"
+            )
+        embed = self.language.get_input_embeddings()
+        if images:
+            assert pixel_values is not None
+            features_NPD = self.image_features(pixel_values)
+        else:
+            # No image on this rank: the projector stays in the graph all the same, with a gradient of zero,
+            # because the other ranks wait for it.
+            zero = embed.weight.new_zeros(1, 1, self.tower.config.hidden_size)
+            features_NPD = self.projector(zero)[:0]
+        patches = features_NPD.shape[1] if images else self.vision.patches
+        width_BS = torch.where(place_BS, patches, 1) * keep_BS
+        end_BS = width_BS.cumsum(1)
+        length_B = end_BS[:, -1]
+        longest = int(length_B.max())
+        text_BS = keep_BS & ~place_BS
+        row_B, at_BS = torch.arange(input_ids.shape[0], device=input_ids.device), end_BS - width_BS
+        text_rows, text_at = row_B[:, None].expand_as(at_BS)[text_BS], at_BS[text_BS]
+        text_TD = embed(input_ids[text_BS])
+        blank = text_TD.new_zeros(input_ids.shape[0], longest, text_TD.shape[-1])
+        embeds = blank.index_put((text_rows, text_at), text_TD)
+        image = torch.zeros(blank.shape[:2], dtype=torch.bool, device=blank.device)
+        step = torch.arange(patches, device=blank.device)
+        image_rows = row_B[:, None].expand_as(at_BS)[place_BS][:, None].expand(-1, patches)
+        image_at = at_BS[place_BS][:, None] + step
+        embeds = embeds.index_put((image_rows, image_at), features_NPD.to(embeds.dtype))
+        image[image_rows, image_at] = True
+        if not images:
+            embeds = embeds + features_NPD.sum().to(embeds.dtype)
+        spliced_labels = None
+        if labels is not None:
+            spliced_labels = torch.full(blank.shape[:2], IGNORE, dtype=labels.dtype, device=labels.device)
+            spliced_labels[text_rows, text_at] = labels[text_BS]
+        mask = torch.arange(longest, device=blank.device) < length_B[:, None]
+        return Spliced(embeds, mask, image, spliced_labels)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+    ) -> Output:
+        """Batch as in `data.loader`: [B, S] ids with -200 for an image, bool mask, labels, [N, 3, H, W]."""
+        spliced = self.splice(input_ids, attention_mask, labels, pixel_values)
+        traffic = Traffic.of(spliced.mask, self.moe)
+        hidden = self.decode(spliced.embeds, traffic, attention_mask=spliced.mask)
+        output = Output(hidden, spliced.mask, self.head, spliced.labels)
+        if traffic is not None and self.moe is not None:
+            reports = traffic.in_order()
+            whole = self.training and self.moe.rules == "default" and self.groups.world > 1
+            output.aux_losses = balance(reports, self.groups if whole else None)
+            if self.moe.rules == "moe_llava":
+                output.aux_losses = [loss.detach() for loss in output.aux_losses]
+            output.expert_counts = [report.counts_E for report in reports]
+            output.dropped = [report.dropped for report in reports]
+            output.router_loss = self.moe.aux_loss * torch.stack(output.aux_losses).sum()
+            if self.moe.z_loss:
+                z_losses = torch.stack([report.z for report in reports])
+                output.router_loss = output.router_loss + self.moe.z_loss * z_losses.sum()
+        if spliced.labels is not None:
+            output.ce_sum, output.tokens = self.cross_entropy(hidden, spliced.labels)
+            output.loss = output.ce_sum / output.tokens.clamp(min=1)
+            if output.router_loss is not None:
+                output.loss = output.loss + output.router_loss
+        return output
+
+    def decode(
+        self, embeds: Tensor, traffic: Traffic | None, *, attention_mask: Tensor, **cache: Any
+    ) -> Tensor:
+        """The language model without its head, [B, S, D] -> [B, S, D]; `cache`: transformers' own arguments."""
+        # Right-padded and without a cache no mask is needed: see the module's head.
+        plain = not cache and (self.moe is None or self.moe.rules == "default")
+        if traffic is not None:
+            cache["traffic"] = traffic
+        hidden: Tensor = self.language.model(
+            inputs_embeds=embeds,
+            attention_mask=None if plain else attention_mask.long(),
+            **{"use_cache": False, **cache},
+        ).last_hidden_state
+        return hidden
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """Logits of any number of positions."""
+        logits: Tensor = self.language.lm_head(hidden)
+        return logits / getattr(self.language.config, "logits_scaling", 1.0)
+
+    def cross_entropy(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """(sum, count) over the supervised next tokens; only their logits are computed, a chunk at a time."""
+        wanted = labels[:, 1:] != IGNORE
+        rows_TD, target_T = hidden[:, :-1][wanted], labels[:, 1:][wanted]
+
+        def chunk(rows: Tensor, target: Tensor) -> Tensor:
+            return F.cross_entropy(self.head(rows).float(), target, reduction="sum")
+
+        # At least one chunk, so that a batch without labels stays in the graph.
+        pieces = zip(rows_TD.split(ROWS), target_T.split(ROWS), strict=True)
+        if len(rows_TD) <= ROWS:
+            total = sum((chunk(r, t) for r, t in pieces), start=hidden.float().sum() * 0)
+        else:
+            total = sum(
+                (checkpoint(chunk, r, t, use_reentrant=False) for r, t in pieces),
+                start=hidden.float().sum() * 0,
+            )
+        return total, wanted.sum()  # type: ignore[return-value]
+
+
+def projector(kind: str, width: int, hidden: int) -> nn.Module:
+    """`linear`, or `mlpNx_gelu`: N linear maps with GELU between (LLaVA, multimodal_projector/builder.py)."""
+    if kind == "linear":
+        return nn.Linear(width, hidden)
+    depth = int(kind.removeprefix("mlp").removesuffix("x_gelu"))
+    parts: list[nn.Module] = [nn.Linear(width, hidden)]
+    for _ in range(depth - 1):
+        parts += [nn.GELU(), nn.Linear(hidden, hidden)]
+    return nn.Sequential(*parts)
+
+
+def build(spec: ModelSpec, *, vocab_size: int, seed: int, dtype: torch.dtype) -> VLM:
+    """The dense model on the CPU in `dtype`, random or from its weights; equal on every rank for equal seeds.
+
+    Raises backbones.BackboneError, in words, for weights that cannot be had.
+    """
+    language = backbones.load_language(spec, vocab_size=vocab_size, seed=seed, dtype=dtype)
+    tower = backbones.load_tower(spec, seed=seed + 1, dtype=dtype)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed + 2)
+        between = projector(spec.projector, tower.config.hidden_size, language.config.hidden_size).to(dtype)
+    return VLM(spec, language, tower, between)
+
+
+# ------------------------------------------------------------------ what a stage trains
+
+_PARTS: tuple[tuple[str, Part], ...] = (  # the first that is found in a parameter's name names its part
+    ("projector.", "projector"),
+    (".embed_tokens.", "embeddings"),
+    (".lm_head.", "head"),
+    (".self_attn.", "attention"),
+    (".mlp.router.", "router"),
+    (".mlp.coefficient.", "router"),
+    (".mlp.experts.", "experts"),
+    (".mlp.", "ffn"),
+    ("norm.", "norms"),
+)
+
+
+def _part(name: str) -> Part | None:
+    if name.startswith("tower."):
+        return None  # never trained
+    for piece, part in _PARTS:
+        if piece in name:
+            return part
+    raise VLMError(f"parameter {name} belongs to no part of moe.stages; name its part in moe/vlm.py")
+
+
+def parts(vlm: VLM) -> dict[Part, list[str]]:
+    """The parameters' names by part; the tower is in none, tied embeddings are `embeddings`."""
+    found: dict[Part, list[str]] = {}
+    for name, _ in vlm.named_parameters():
+        part = _part(name)
+        if part is not None:
+            found.setdefault(part, []).append(name)
+    return found
+
+
+def train_only(vlm: VLM, wanted: Iterable[Part]) -> dict[Part, int]:
+    """Let only these parts have gradients; gives their parameter counts, experts over all ranks."""
+    chosen, counts = set(wanted), dict[Part, int]()
+    for name, parameter in vlm.named_parameters():
+        part = _part(name)
+        parameter.requires_grad_(part in chosen)
+        if part is not None and part in chosen:
+            counts[part] = counts.get(part, 0) + whole_size(parameter)
+    return counts
+
+
+def whole_size(parameter: Tensor) -> int:
+    """Elements over all ranks: an expert parameter says how many experts there are in all."""
+    total = getattr(parameter, "expert_total", None)
+    return parameter.numel() if total is None else parameter.numel() // parameter.shape[0] * int(total)
