@@ -1,0 +1,38 @@
+# The two commands of the README, with all their set-up: make demo, make test.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SLURM := slurmctld slurmd slurm-client munge slurmdbd mariadb-server iproute2
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test bench chaos lint clean
+
+demo: $(VENV)/demo
+	$(BIN)/python data/demo.py demo_data
+	DATA_ROOT=$(CURDIR)/demo_data $(BIN)/python launch/submit.py experiments/demo/stage3_moe.yaml
+
+test: $(VENV)/dev slurm
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/dev
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+$(VENV)/demo: constraints.txt setup.cfg
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[demo]'
+	touch $@
+
+$(VENV)/dev: $(VENV)/demo
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[demo,dev]'
+	touch $@
+
+# A real SLURM for the tests, from Debian's packages; its daemons are started by the tests alone, from private folders.
+.PHONY: slurm
+slurm:
+	@command -v slurmctld >/dev/null || { \
+	  test "$$(id -u)" = 0 && command -v apt-get >/dev/null || { \
+	    echo "make test: slurmctld is not here, and only root on Debian can install it: apt-get install $(SLURM)" >&2; exit 1; }; \
+	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(SLURM) >/dev/null; }
+
+clean:
+	rm -rf $(VENV) demo_data runs build *.egg-info

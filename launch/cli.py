@@ -1,0 +1,194 @@
+"""Arguments to a plan, and the plan shown, explained or submitted; exit code 2 for a spec with faults."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from launch import snapshot, submission
+from launch.cluster import SlurmError, jobs
+from launch.plan import EXPERIMENTS, Plan, StagePlan, clashes, make, runs_folder
+from launch.reader import SpecError
+from launch.status import State
+from moe.stages import STAGES
+
+OK, FAILED, USAGE, NO_SLURM = 0, 1, 2, 3
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line of launch/submit.py."""
+    one = argparse.ArgumentParser(
+        prog="python launch/submit.py",
+        description="Submit an experiment and the stages it still needs. Repeating the command never harms.",
+        epilog="examples: experiments/stage3_moe.yaml train.optim.lr=1e-5    SPEC stage2_instruct:train.steps=500",
+    )
+    one.add_argument("spec", type=Path, help="an experiment's YAML")
+    one.add_argument("overrides", nargs="*", metavar="key=value", help="settings; EXPERIMENT:key=value for one above")
+    one.add_argument("--dry-run", action="store_true", help="print the plan and the exact sbatch scripts, submit nothing")
+    one.add_argument("--explain", action="store_true", help="print each setting and the line that set it")
+    stages = f"a stage ({', '.join(STAGES)}) or an experiment of the chain"
+    one.add_argument("--only", default="", metavar="STAGE", help=f"this stage alone: {stages}")
+    one.add_argument("--from", default="", dest="first", metavar="STAGE", help="start the chain at this stage")
+    one.add_argument("--until", default="", dest="last", metavar="STAGE", help="end the chain at this stage")
+    return one
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    options = parser().parse_intermixed_args(arguments)
+    if options.only and (options.first or options.last):
+        return _complain("--only says both --from and --until; give it alone")
+    for text in options.overrides:
+        if "=" not in text:
+            return _complain(f"{text}: expected key=value", "a setting is written train.optim.lr=1e-5")
+    if not options.spec.is_file():
+        return _complain(f"{options.spec}: no such experiment", _near(options.spec))
+    try:
+        first, last = options.only or options.first, options.only or options.last
+        plan = make(options.spec, options.overrides, first=first, last=last)
+        if options.explain:
+            explain(plan)
+            return OK
+        if faults := tuple(clashes(plan)):
+            raise SpecError(faults)
+    except SpecError as error:
+        print(error, file=sys.stderr)
+        print(f"{len(error.faults)} fault(s); nothing was submitted", file=sys.stderr)
+        return USAGE
+    if options.dry_run:
+        return dry_run(plan)
+    if plan.stages[-1].spec.cluster.executor == "local":
+        return run_here(plan)
+    return submit(plan)
+
+
+def submit(plan: Plan) -> int:
+    """Send what is missing to SLURM."""
+    root = runs_folder(plan.stages[-1].spec)
+    try:
+        queue = jobs()
+        states = submission.states_of(plan, queue)
+        if blocked := _blocked(plan, states):
+            return _complain(*blocked)
+        print(table(plan, states))
+        code = snapshot.take(root)
+        sent = 0
+        for batch, job in submission.submit(plan, code):
+            after = f" after {batch.dependency}" if batch.dependency else ""
+            print(f"submitted {batch.stage.experiment.name}: job {job}, {len(batch.runs)} run(s){after}", flush=True)
+            sent += 1
+    except SlurmError as error:
+        print(f"error: SLURM: {error}", file=sys.stderr)
+        print("  what was submitted before stays; repeat the command to go on from there", file=sys.stderr)
+        return NO_SLURM
+    except OSError as error:
+        return _disk(error)
+    if not sent:
+        print("nothing to do: every run is done or on its way")
+    print(f"follow: python launch/runs.py --runs {root} status --watch")
+    return OK
+
+
+def run_here(plan: Plan) -> int:
+    """Run what is missing on this machine, then show what came of it."""
+    from launch import local
+
+    states = submission.states_of(plan, None)
+    if blocked := _blocked(plan, states):
+        return _complain(*blocked)
+    print(table(plan, states))
+    if all(states[run.name].name == "done" for stage in plan.stages for run in stage.runs):
+        print("nothing to do: every run is done")
+    try:
+        local.run(plan, snapshot.take(runs_folder(plan.stages[-1].spec)))
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from the last saved step", file=sys.stderr)
+        return 130
+    except local.LocalError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return FAILED
+    except OSError as error:
+        return _disk(error)
+    from launch import report
+
+    report.show(plan)
+    return OK
+
+
+def dry_run(plan: Plan) -> int:
+    """Print the plan and every script that would be sent."""
+    states = submission.states_of(plan, None)
+    if blocked := _blocked(plan, states):
+        return _complain(*blocked)
+    print(table(plan, states))
+    code = runs_folder(plan.stages[-1].spec) / "code" / snapshot.digest()
+    for batch in submission.preview(plan, states, code):
+        if batch.stage.spec.cluster.executor == "local":
+            print(f"\n# {batch.stage.experiment.name}: {batch.stage.spec.gpus} rank(s) on this machine, no script")
+            continue
+        print(f"\n# {batch.stage.experiment.name}: {' '.join(batch.command())}")
+        print(batch.script(code), end="")
+    print("\ndry run: nothing was submitted")
+    return OK
+
+
+def explain(plan: Plan) -> None:
+    """Print each value of the last experiment beside the line that set it."""
+    experiment = plan.stages[-1].experiment
+    rows = experiment.layers.explain(experiment.spec)
+    for path, value, origin in rows:
+        print(f"{f'{path}: {value}':60}  {origin}")
+
+
+def table(plan: Plan, states: dict[str, State]) -> str:
+    """The plan: a line a stage, a line a run where there are several."""
+    lines = [f"{'stage':10}{'experiment':28}{'runs':>5}  {'shape':14}{'cluster':12}{'starts from':28}state"]
+    for stage in plan.stages:
+        spec = stage.spec
+        shape = f"{spec.nodes} x {spec.ranks_per_node} {'GPUs' if spec.cluster.device == 'cuda' else 'ranks'}"
+        start = spec.init_from or spec.model.backbone
+        lines.append(
+            f"{spec.stage:10}{stage.experiment.name:28}{len(stage.runs):>5}  {shape:14}{spec.cluster.name:12}"
+            f"{start:28}{_summary(stage, states)}"
+        )
+        if len(stage.runs) > 1:
+            lines += [f"{'':10}  {run.point:26}{'':46}{'':17}{states[run.name].name}" for run in stage.runs]
+    return "\n".join(lines)
+
+
+def _summary(stage: StagePlan, states: dict[str, State]) -> str:
+    names = [states[run.name].name for run in stage.runs]
+    return ", ".join(f"{names.count(name)} {name}" for name in dict.fromkeys(names))
+
+
+def _blocked(plan: Plan, states: dict[str, State]) -> tuple[str, str] | None:
+    """Why the plan cannot start: a stage left out of it has neither finished nor will."""
+    first = plan.stages[0]
+    for run in first.runs:
+        if run.parent and states[run.parent.name].name not in ("done", "running", "queued", "waiting"):
+            state = states[run.parent.name].name
+            return f"{run.name} starts from {run.parent.name}, which is {state}", "leave out --only and --from"
+    return None
+
+
+def _near(path: Path) -> str:
+    folder = path.parent if path.parent.is_dir() else EXPERIMENTS
+    names = [file.name for file in sorted(folder.glob("*.yaml"))]
+    close = difflib.get_close_matches(path.name, names, 1, 0.5)
+    return f"did you mean {folder / close[0]}?" if close else f"{folder}/ has {', '.join(names) or 'no YAML'}"
+
+
+def _complain(message: str, hint: str = "") -> int:
+    print(f"error: {message}", file=sys.stderr)
+    if hint:
+        print(f"  hint: {hint}", file=sys.stderr)
+    return USAGE
+
+
+def _disk(error: OSError) -> int:
+    print(f"error: {error.filename or 'a file'} cannot be written: {error.strerror}", file=sys.stderr)
+    print("  make room or change `runs`, and repeat the command; nothing is left half done", file=sys.stderr)
+    return FAILED

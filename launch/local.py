@@ -1,0 +1,164 @@
+"""The plan on this machine: submitit's local executor, stage after stage, in the foreground.
+
+The ranks run the same `launch.job` as on SLURM. The first Ctrl-C warns them as SLURM would: they save and leave, and
+the same command goes on from there. A plan whose submitter died is found running, and followed.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+import submitit
+from submitit.local.local import start_controller
+
+from launch import verdict
+from launch.plan import Plan, Run, runs_folder
+from launch.progress import Progress
+from launch.record import write_json
+from launch.status import alive, batch_of, started, state_of
+from launch.submission import Batch, host, locked, prepare, token_of
+
+
+class LocalError(Exception):
+    """A run on this machine ended without finishing; the text says how."""
+
+
+class LocalExecutor(submitit.LocalExecutor):  # type: ignore[misc]
+    """submitit's local executor, whose ranks run `launch.job` rather than a pickle."""
+
+    def start(self, batch: Path, index: int, code: Path) -> int:
+        """Start the ranks and return their controller's pid."""
+        command = f"{self.python} -u -m launch.job {shlex.quote(str(batch))} {index}"
+        here = os.getcwd()
+        # The controller inherits both: the folder, so that the snapshot is what Python finds, and that SIGINT is
+        # ignored, so that Ctrl-C reaches only this process and the ranks are warned rather than killed.
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        try:
+            os.chdir(code)
+            return int(
+                start_controller(
+                    folder=self.folder,
+                    command=command,
+                    tasks_per_node=self.parameters["tasks_per_node"],
+                    timeout_min=self.parameters["timeout_min"],
+                    signal_delay_s=self.parameters["signal_delay_s"],
+                    stderr_to_stdout=True,
+                ).pid
+            )
+        finally:
+            os.chdir(here)
+            signal.signal(signal.SIGINT, before)
+
+
+@contextmanager
+def warns_on_interrupt() -> Iterator[list[int]]:
+    """Count Ctrl-C, and forward the first ones as warnings to the controllers whose pids are in the list."""
+    controllers: list[int] = []
+    pressed = 0
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        nonlocal pressed
+        pressed += 1
+        if pressed == 1:
+            print("\nstopping: the ranks save and leave (Ctrl-C again to give up what is not saved)", flush=True)
+        for pid in controllers:
+            for rank in children(pid):
+                _kill(rank, signal.SIGTERM if pressed == 1 else signal.SIGKILL)
+        if not controllers or pressed > 1:
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield controllers
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def children(pid: int) -> list[int]:
+    """The process's direct children: a controller's are the ranks."""
+    try:
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:
+        return []
+
+
+def _kill(pid: int, number: int) -> None:
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        pass
+
+
+def run(plan: Plan, code: Path) -> None:
+    """Run what is missing, upstream first; raises LocalError, and KeyboardInterrupt after the ranks have saved."""
+    with warns_on_interrupt() as controllers:
+        for stage in plan.stages:
+            for one in stage.runs:
+                _finish(one, stage, code, controllers)
+
+
+def _finish(one: Run, stage, code: Path, controllers: list[int]) -> None:  # type: ignore[no-untyped-def]
+    """Bring one run to its end: follow it where it runs, start it where it does not, as often as its verdict says."""
+    folder = one.folder
+    while state_of(folder, None).name != "done":
+        root = runs_folder(one.spec)
+        with locked(root):
+            state = state_of(folder, None)
+            if state.name == "running":
+                pid = int(state.job)
+            else:
+                batch = Batch(stage, (one,), "", token_of([one], root))
+                prepare(batch, code)
+                executor = LocalExecutor(folder=batch.folder / "slurm", python=one.spec.cluster.python or sys.executable)
+                executor.update_parameters(
+                    tasks_per_node=one.spec.gpus,
+                    timeout_min=int(one.spec.cluster.walltime) / 60,
+                    signal_delay_s=int(one.spec.cluster.grace),
+                )
+                pid = executor.start(batch.folder, one.index, code)
+                write_json(
+                    batch.folder / "batch.json",
+                    {"state": "submitted", "token": batch.token, "pid": pid, "started": started(pid), "host": host()},
+                )
+        controllers.append(pid)
+        follow(one, pid)
+        controllers.remove(pid)
+        attempt = f"local-{pid}"
+        found, reason = verdict.of_attempt(folder, attempt, 0)
+        interrupted = found == "preempted" and reason == "SIGTERM"
+        again = found != "finished" and not interrupted and verdict.comes_back(folder, found)
+        verdict.speak(folder, attempt, found, reason, again=again)
+        if interrupted:
+            raise KeyboardInterrupt
+        if found != "finished" and not again:
+            raise LocalError(f"{one.name}: {found}: {reason}\n  log: {folder.logs(attempt)}/rank_0.log")
+        if found != "finished":
+            print(f"{one.name}: {found} ({reason}); starting again", flush=True)
+
+
+def follow(one: Run, pid: int) -> None:
+    """Show the run's progress until its controller has ended."""
+    batch = batch_of(one.folder)
+    token = int(batch[0].get("started", 0)) if batch else 0
+    with Progress(one) as progress:
+        while alive(pid, token):
+            try:
+                if os.waitpid(pid, os.WNOHANG)[0]:
+                    break
+            except ChildProcessError:
+                pass  # another submitter's
+            failed = list(one.folder.logs(f"local-{pid}").glob("failure_*.json"))
+            if failed and time.time() - failed[0].stat().st_mtime > 10:
+                for rank in children(pid):  # one rank has failed, and the others may wait for it without end
+                    _kill(rank, signal.SIGKILL)
+            progress.show()
+            time.sleep(0.2)
+        progress.show(last=True)

@@ -1,0 +1,360 @@
+"""What one submission will do: the sweep's points as runs, and the stages still missing up the chain.
+
+A run's identity covers what decides its weights. What only says where and how fast it is computed is left out, so that
+a run may move to another cluster or another number of GPUs and still be the same run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from launch.reader import Fault, Layers, Place, SpecError, expand
+from launch.record import RunFolder, read_json
+from launch.snapshot import REPOSITORY
+from launch.spec import ExperimentSpec
+from moe.stages import STAGES
+
+EXPERIMENTS = REPOSITORY / "experiments"
+
+# Settings of where a run is computed: given on the command line, they hold for every stage of the chain.
+EVERYWHERE = ("cluster", "gpus", "runs", "wandb", "data.root")
+
+# Settings that may change between attempts of one run. All others are its identity.
+FREE = (
+    *EVERYWHERE,
+    "name",
+    "init_from",
+    "data.workers",
+    "model.attention",
+    "moe.expert_parallel",
+    "moe.dispatcher",
+    "train.micro_batch",
+    "train.zero",
+    "train.offload",
+    "train.recompute",
+    "train.save_every",
+    "train.save_async",
+    "train.keep",
+    "train.log_every",
+)
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One YAML, read: its points, each a whole spec."""
+
+    name: str
+    file: Path
+    layers: Layers
+    points: tuple[tuple[str, ExperimentSpec], ...]
+
+    @property
+    def spec(self) -> ExperimentSpec:
+        """The first point's spec, for what all points share."""
+        return self.points[0][1]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One model to train: one point of one experiment."""
+
+    experiment: str
+    point: str  # empty without a sweep
+    index: int  # its place in the sweep, and in the SLURM array
+    spec: ExperimentSpec
+    folder: RunFolder
+    parent: Run | None
+
+    @property
+    def name(self) -> str:
+        """The readable name, also the run folder's path below the runs folder."""
+        return f"{self.experiment}/{self.point or 'run'}"
+
+    @cached_property
+    def identity(self) -> str:
+        """64 hex digits over everything that decides the run's weights, its parent's included."""
+        facts = [identity_of(plain(self.spec)), self.parent.identity if self.parent else ""]
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def id(self) -> str:
+        """The run's name for W&B and SLURM: at most 64 characters, the same for ever."""
+        readable = re.sub(r"[^A-Za-z0-9_.=-]+", "-", self.name.removesuffix("/run"))
+        return f"{readable[:55]}-{self.identity[:8]}"
+
+    def record(self, code: str) -> dict[str, Any]:
+        """What run.json says."""
+        return {
+            "version": 1,
+            "id": self.id,
+            "name": self.name,
+            "experiment": self.experiment,
+            "point": self.point,
+            "index": self.index,
+            "stage": self.spec.stage,
+            "identity": self.identity,
+            "parent": str(self.parent.folder.path) if self.parent else None,
+            "parent_identity": self.parent.identity if self.parent else "",
+            "code": code,
+        }
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage of the chain: one experiment, one array."""
+
+    experiment: Experiment
+    runs: tuple[Run, ...]
+
+    @property
+    def spec(self) -> ExperimentSpec:
+        return self.experiment.spec
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything one submission starts, upstream first; `earlier` are the stages it relies on without starting them."""
+
+    stages: tuple[StagePlan, ...]
+    earlier: tuple[StagePlan, ...] = ()
+
+
+def plain(spec: Any) -> Any:
+    """A spec as JSON values; durations as they are written."""
+    if dataclasses.is_dataclass(spec):
+        return {field.name: plain(getattr(spec, field.name)) for field in dataclasses.fields(spec)}
+    if isinstance(spec, dict):
+        return {key: plain(value) for key, value in spec.items()}
+    if isinstance(spec, (tuple, list)):
+        return [plain(value) for value in spec]
+    if isinstance(spec, int) and type(spec) not in (int, bool):
+        return str(spec)
+    return spec
+
+
+def identity_of(spec: dict[str, Any], above: str = "") -> dict[str, Any]:
+    """The part of a plain spec that decides weights, as dotted keys."""
+    found: dict[str, Any] = {}
+    for key, value in spec.items():
+        path = above + key
+        if path in FREE:
+            continue
+        if isinstance(value, dict) and path.count(".") < 2 and path.split(".")[0] in ("model", "moe", "data", "train"):
+            found |= identity_of(value, path + ".") if value else {path: value}
+        else:
+            found[path] = value
+    if not above and not STAGES[spec["stage"]].sparse:
+        # A dense stage is the same run whatever an inherited file says of experts.
+        found = {path: value for path, value in found.items() if not path.startswith("moe.")}
+    return found
+
+
+def load(file: Path, overrides: Sequence[str] = ()) -> Experiment:
+    """Read one experiment and each point of its sweep; raises SpecError with all faults."""
+    layers = Layers.read(file, overrides, presets={"cluster": EXPERIMENTS / "clusters"})
+    sweep = layers.pop("sweep")
+    if sweep is None:
+        points = [("", layers.build(ExperimentSpec))]
+        return Experiment(_name(file, points[0][1]), file, layers, tuple(points))
+    points, faults = [], []
+    for name, changes in expand(sweep):
+        for path, node in changes:
+            if path == "gpus" or path.split(".")[0] in ("cluster", "runs", "name", "stage"):
+                fault = Fault(
+                    node.told,
+                    f"sweep.{path}: the runs of one array share their {path.split('.')[0]}",
+                    "write two experiments instead",
+                )
+                faults.append(fault)
+        try:
+            points.append((name, layers.override(changes).build(ExperimentSpec)))
+        except SpecError as error:
+            faults += error.faults
+    if faults:
+        raise SpecError(dict.fromkeys(faults))
+    return Experiment(_name(file, points[0][1]), file, layers, tuple(points))
+
+
+def _name(file: Path, spec: ExperimentSpec) -> str:
+    if spec.name:
+        return spec.name
+    file = file.resolve()
+    try:
+        return file.relative_to(EXPERIMENTS).with_suffix("").as_posix()
+    except ValueError:
+        return file.stem
+
+
+def make(file: Path, overrides: Sequence[str] = (), *, first: str = "", last: str = "") -> Plan:
+    """The plan for an experiment and the chain above it, cut to the stages from `first` to `last`.
+
+    An override may name the experiment of the chain it is for: `stage2_instruct:train.steps=10`. The settings in
+    EVERYWHERE hold for all.
+    """
+    named = [_scoped(text) for text in overrides]
+    common = [text for scope, text in named if not scope and _everywhere(text)]
+    chain: list[StagePlan] = []
+    seen: list[Path] = []
+    wanted: Path | None = file
+    experiments: list[tuple[Experiment, str]] = []  # with the point of its parent that it names
+    scopes = {scope for scope, _ in named if scope}
+    while wanted is not None:
+        seen.append(wanted.resolve())
+        stem = wanted.stem
+        mine = [text for scope, text in named if scope == stem]
+        scopes.discard(stem)
+        if wanted is file:
+            mine = [text for scope, text in named if not scope] + mine
+        else:
+            mine = common + mine
+        experiment = load(wanted, mine)
+        wanted, point = _parent_file(experiment)
+        if wanted is not None and wanted.resolve() in seen:
+            raise _fault(experiment, "init_from", f"{experiment.name} starts from itself, through {wanted.name}")
+        experiments.append((experiment, point))
+    if scopes:
+        names = ", ".join(path.stem for path in seen)
+        raise SpecError(
+            tuple(
+                Fault(Place("<command line>", 1, 1, scope), f"{scope}: no experiment of this chain", f"it has {names}")
+                for scope in sorted(scopes)
+            )
+        )
+    parents: StagePlan | None = None
+    point = ""
+    for experiment, names_point in reversed(experiments):
+        _check_order(experiment, parents)
+        runs = tuple(
+            Run(
+                experiment.name,
+                name,
+                index,
+                spec,
+                RunFolder(runs_folder(spec) / experiment.name / (name or "run")),
+                _parent(experiment, name, parents, names_point) if parents else None,
+            )
+            for index, (name, spec) in enumerate(experiment.points)
+        )
+        parents = StagePlan(experiment, runs)
+        chain.append(parents)
+    start = _position(chain, first) if first else 0
+    stop = _position(chain, last) + 1 if last else len(chain)
+    if start >= stop:
+        raise SpecError((Fault(None, f"nothing lies from {first} until {last}", _order(chain)),))
+    return Plan(tuple(chain[start:stop]), tuple(chain[:start]))
+
+
+def runs_folder(spec: ExperimentSpec) -> Path:
+    """The folder of run folders; a relative one lies in the repository, whatever the current folder is."""
+    return REPOSITORY / Path(spec.runs).expanduser()
+
+
+def clashes(plan: Plan) -> Iterator[Fault]:
+    """Runs whose folder holds another run: same name, other identity."""
+    for stage in plan.stages:
+        for run in stage.runs:
+            found = run.folder.run
+            if not found or found.get("identity") == run.identity:
+                continue
+            before = identity_of(read_json(run.folder.spec_file) or {"stage": run.spec.stage})
+            now = identity_of(plain(run.spec))
+            changes = [
+                f"{key} was {json.dumps(before.get(key))}, is {json.dumps(now.get(key))}"
+                for key in sorted(before.keys() | now.keys())
+                if before.get(key) != now.get(key)
+            ]
+            why = "; ".join(changes) or "the run it starts from is another"
+            place = None
+            if changes:
+                key = min(key for key in now if before.get(key) != now.get(key)) if now else ""
+                place = stage.experiment.layers.origin(key) if key else None
+            yield Fault(
+                place,
+                f"{run.folder.path} holds another run: {why}",
+                f"give this one a name of its own (name={run.experiment}_2), or remove the folder",
+            )
+
+
+def _scoped(text: str) -> tuple[str, str]:
+    match = re.match(r"([\w-]+):(?=[\w.]+=)", text)
+    return (match[1], text[match.end() :]) if match else ("", text)
+
+
+def _everywhere(text: str) -> bool:
+    key = text.split("=", 1)[0].strip()
+    return any(key == path or key.startswith(path + ".") for path in EVERYWHERE)
+
+
+def _parent_file(experiment: Experiment) -> tuple[Path | None, str]:
+    """The YAML whose handoff the experiment starts from, and the point of it that is named."""
+    named = experiment.spec.init_from
+    if not named:
+        return None, ""
+    parts = named.split("/")
+    for folder in dict.fromkeys((experiment.file.resolve().parent, EXPERIMENTS)):
+        for cut in range(len(parts), 0, -1):
+            path = folder / ("/".join(parts[:cut]) + ".yaml")
+            if path.is_file():
+                return path, "/".join(parts[cut:])
+    near = sorted(path.stem for path in experiment.file.resolve().parent.glob("*.yaml"))
+    raise _fault(
+        experiment, "init_from", f"{named!r} names no experiment", f"{experiment.file.parent}/ has {', '.join(near)}"
+    )
+
+
+def _check_order(experiment: Experiment, parents: StagePlan | None) -> None:
+    after = STAGES[experiment.spec.stage].after
+    if parents and parents.spec.stage != after:
+        raise _fault(
+            experiment,
+            "init_from",
+            f"stage {experiment.spec.stage} starts from stage {after}, "
+            f"and {parents.experiment.name} is stage {parents.spec.stage}",
+        )
+
+
+def _parent(experiment: Experiment, point: str, parents: StagePlan, named: str) -> Run:
+    """The run a point starts from: the one named, the only one, or the one at the same point."""
+    by_point = {run.point: run for run in parents.runs}
+    if named:
+        if named in by_point:
+            return by_point[named]
+        raise _fault(
+            experiment,
+            "init_from",
+            f"{parents.experiment.name} has no run {named!r}",
+            f"it has {', '.join(by_point) or 'one run, without a sweep'}",
+        )
+    if len(parents.runs) == 1:
+        return parents.runs[0]
+    if point in by_point:
+        return by_point[point]
+    raise _fault(
+        experiment,
+        "init_from",
+        f"{parents.experiment.name} has {len(parents.runs)} runs, and none at the point {point or '(no sweep)'}",
+        f"sweep over the same values, or name one: init_from: {experiment.spec.init_from}/{parents.runs[0].point}",
+    )
+
+
+def _position(chain: list[StagePlan], name: str) -> int:
+    for position, stage in enumerate(chain):
+        if name in (stage.spec.stage, stage.experiment.name, stage.experiment.file.stem):
+            return position
+    raise SpecError((Fault(None, f"{name}: no stage of this chain", _order(chain)),))
+
+
+def _order(chain: list[StagePlan]) -> str:
+    return "its stages are " + ", ".join(f"{stage.spec.stage} ({stage.experiment.name})" for stage in chain)
+
+
+def _fault(experiment: Experiment, key: str, message: str, hint: str = "") -> SpecError:
+    return SpecError((Fault(experiment.layers.origin(key), message, hint),))

@@ -1,0 +1,192 @@
+"""The run folder: every path rule, the journal of attempts, and writes that a kill cannot tear.
+
+A run is its folder. What other programs read later is JSON written beside and renamed; what grows is one line a
+record, so that a reader after a kill drops at most the last line.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file so that a reader sees all of it or none, whatever is killed when."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}")
+    try:
+        with open(beside, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def write_json(path: Path, value: object) -> None:
+    """`write_text` for a JSON value, keys in order so that equal values are equal files."""
+    write_text(path, json.dumps(value, indent=1, sort_keys=True) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The file's mapping, or None where there is no such file or no JSON mapping in it."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def append_line(path: Path, record: Mapping[str, object]) -> None:
+    """Add one record to a journal with a single write; records of several writers do not mix."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    line = (json.dumps(record, sort_keys=True) + "\n").encode()
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    try:
+        os.write(handle, line)
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The journal's records; a line torn by a kill is no record."""
+    try:
+        file = open(path, encoding="utf-8")
+    except OSError:
+        return
+    with file:
+        for line in file:
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(record, dict):
+                yield record
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename in `folder` survive a power cut; file systems that cannot are left alone."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(handle)
+    except OSError:
+        pass
+    finally:
+        os.close(handle)
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Where everything of one run lies."""
+
+    path: Path
+
+    @property
+    def run_file(self) -> Path:
+        return self.path / "run.json"
+
+    @property
+    def spec_file(self) -> Path:
+        return self.path / "spec.json"
+
+    @property
+    def journal_file(self) -> Path:
+        return self.path / "attempts.jsonl"
+
+    @property
+    def metrics_file(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def handoff_file(self) -> Path:
+        return self.path / "handoff.json"
+
+    @property
+    def eval_file(self) -> Path:
+        return self.path / "eval.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def tokenizer(self) -> Path:
+        return self.path / "tokenizer"
+
+    def logs(self, attempt: str) -> Path:
+        """The folder of one attempt's logs, a file a rank."""
+        return self.path / "logs" / attempt
+
+    def log_of(self, attempt: str, rank: int) -> Path:
+        return self.logs(attempt) / f"rank_{rank}.log"
+
+    @property
+    def run(self) -> dict[str, Any]:
+        """What the run is: id, name, experiment, stage, identity, parent; empty for no run."""
+        return read_json(self.run_file) or {}
+
+    def note(self, event: str, **facts: object) -> None:
+        """Add an event to the journal: submitted, start, warned, saved, ended, verdict."""
+        append_line(self.journal_file, {"event": event, "time": round(time.time(), 3), **facts})
+
+    @property
+    def journal(self) -> list[dict[str, Any]]:
+        return list(read_lines(self.journal_file))
+
+    def last(self, *events: str) -> dict[str, Any] | None:
+        """The newest record of one of the events."""
+        found = None
+        for record in read_lines(self.journal_file):
+            if record.get("event") in events:
+                found = record
+        return found
+
+    def last_metrics(self) -> dict[str, Any]:
+        """The newest whole row of metrics, read from the file's end; empty before the first step."""
+        try:
+            with open(self.metrics_file, "rb") as file:
+                file.seek(0, os.SEEK_END)
+                file.seek(max(0, file.tell() - 65536))
+                lines = file.read().splitlines()
+        except OSError:
+            return {}
+        for line in reversed(lines):
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(row, dict):
+                return row
+        return {}
+
+
+def find_runs(root: Path) -> list[RunFolder]:
+    """All run folders below `root`, by name; run folders hold no other run folders."""
+    found = []
+    stack = [root]
+    while stack:
+        folder = stack.pop()
+        try:
+            entries = list(os.scandir(folder))
+        except OSError:
+            continue
+        if any(entry.name == "run.json" for entry in entries):
+            found.append(RunFolder(folder))
+            continue
+        stack += [
+            Path(entry.path)
+            for entry in entries
+            if entry.is_dir(follow_symlinks=False) and entry.name != "code" and not entry.name.startswith(".")
+        ]
+    return sorted(found, key=lambda run: run.path)

@@ -1,0 +1,12 @@
+"""Operate on runs: python launch/runs.py list | status | logs | cancel | wait  [RUN ...]"""
+
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    # As in launch/submit.py: this checkout's packages, whatever else is installed.
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+    from launch.operate import main
+
+    sys.exit(main())

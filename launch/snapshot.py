@@ -1,0 +1,73 @@
+"""The code a run was submitted with, kept by content, so that it is also the code it runs and requeues with."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+from launch.record import sync_folder, write_json
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+PACKAGES = ("launch", "moe", "data")
+
+
+def files() -> list[Path]:
+    """The files that make up the code, relative to the repository, in order."""
+    return sorted(
+        path.relative_to(REPOSITORY)
+        for package in PACKAGES
+        for path in (REPOSITORY / package).rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts and not path.name.startswith(".")
+    )
+
+
+def digest() -> str:
+    """16 hex digits that name the code's content."""
+    total = hashlib.sha256()
+    for path in files():
+        content = (REPOSITORY / path).read_bytes()
+        total.update(f"{path.as_posix()}\0{len(content)}\0".encode())
+        total.update(content)
+    return total.hexdigest()[:16]
+
+
+def commit() -> str:
+    """The commit the checkout is at, with + where files differ from it; empty outside git."""
+    try:
+        found = subprocess.run(
+            ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty=+", "--abbrev=12"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return found.stdout.strip() if found.returncode == 0 else ""
+
+
+def take(runs: Path) -> Path:
+    """Copy the code to `runs/code/<digest>` unless it is there, and return that folder."""
+    name = digest()
+    folder = runs / "code" / name
+    if folder.is_dir():
+        return folder
+    beside = folder.with_name(f".{name}.{os.uname().nodename}.{os.getpid()}")
+    shutil.rmtree(beside, ignore_errors=True)
+    try:
+        for path in files():
+            target = beside / path
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(REPOSITORY / path, target)
+        write_json(beside / "snapshot.json", {"digest": name, "commit": commit()})
+        try:
+            os.rename(beside, folder)
+        except OSError:
+            if not folder.is_dir():  # else another submitter was first, with the same content
+                raise
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    sync_folder(folder.parent)
+    return folder

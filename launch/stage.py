@@ -1,0 +1,228 @@
+"""Where data, model, trainer and tracker are put together: one attempt at one run, on one rank."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from data.conversation import tokenizer_faults
+from data.images import ImageFormat
+from data.loader import Loader, texts
+from launch import handoff, tracking
+from launch.evaluate import evaluate
+from launch.job import Place
+from launch.plan import plain
+from launch.reader import Layers
+from launch.record import RunFolder
+from launch.rendezvous import meet
+from launch.spec import ExperimentSpec
+from moe import backbones, vlm
+from moe.checkpoint import Checkpoint, Checkpoints, load_weights
+from moe.engine import Engine
+from moe.parallel import Groups
+from moe.stages import STAGES
+from moe.train import Outcome, Tracker, Trainer
+from moe.upcycle import upcycle
+
+
+class StageError(RuntimeError):
+    """A run cannot go on as it is; the text says why and what to do. Trying again would not help."""
+
+    verdict = "bad spec"
+
+
+class Journal:
+    """The tracker that keeps the run's own journal."""
+
+    def __init__(self, folder: RunFolder, attempt: str) -> None:
+        self.folder, self.attempt = folder, attempt
+
+    def log(self, step: int, metrics: Mapping[str, object]) -> None:
+        """Steps are metrics.jsonl's."""
+
+    def publish(self, checkpoint: Checkpoint) -> None:
+        """Note that a step is safe."""
+        self.folder.note("saved", attempt=self.attempt, step=checkpoint.step)
+
+    def finish(self, outcome: str) -> None:
+        """The end is noted by run_stage, once the handoff is there."""
+
+
+def run_stage(folder: RunFolder, place: Place, warned: Callable[[], bool]) -> str:
+    """Train the run's stage from where it is; returns how it ended: finished or preempted."""
+    spec = Layers.read(folder.spec_file).build(ExperimentSpec)
+    if folder.handoff_file.exists():
+        # SLURM restarts a job that was preempted in its last seconds, when it had finished.
+        if place.rank == 0:
+            folder.note("ended", attempt=place.attempt, outcome="finished", reason="it had finished before")
+        return "finished"
+    _prepare(spec)
+    meet(place, folder.logs(place.attempt), device=spec.cluster.device)
+    stage = STAGES[spec.stage]
+    groups = Groups.create(spec.moe.expert_parallel if stage.sparse else 1)
+    record = folder.run
+    parent = _parent(record, stage.after, groups)
+    tokenizer = _tokenizer(spec, folder, parent, groups)
+
+    vision = backbones.vision(spec.model)
+    dtype = torch.bfloat16 if spec.train.precision == "bf16" else torch.float32
+    model = vlm.build(spec.model, vocab_size=len(tokenizer), seed=spec.seed, dtype=dtype)
+    checkpoints = Checkpoints(folder.checkpoints, groups, spec.train.keep)
+    resumed = checkpoints.latest()
+    if resumed is None and folder.last("saved"):
+        raise StageError(
+            f"{folder.path} has history, and no checkpoint in it can be read; the run does not start again at step 0 "
+            "by itself: put a checkpoint back, or remove the folder to train it anew"
+        )
+    if parent and resumed is None:
+        path = handoff.check(parent[0], parent[1], digests=groups.rank == 0)
+        load_weights(path, model, Groups.single() if not stage.sparse else groups)
+    if stage.sparse:
+        upcycle(model, spec.moe, groups, spec.seed)
+    counts = vlm.train_only(model, stage.trains)
+    image = ImageFormat(vision.size, vision.mean, vision.std, vision.resize)
+    loader = Loader(
+        spec.data,
+        tokenizer,
+        image,
+        vision.patches,
+        micro_batch=spec.train.micro_batch,
+        accumulation=spec.accumulation,
+        rank=groups.rank,
+        world=groups.world,
+        seed=spec.seed,
+    )
+    steps = spec.train.steps or max(1, int(loader.samples * spec.train.epochs) // spec.train.global_batch)
+    engine = Engine(model, spec.train, groups, total_steps=steps, moe=spec.moe if stage.sparse else None)
+    start_step = 0
+    if resumed:
+        extra = checkpoints.restore(resumed, engine)
+        start_step = resumed.step
+        loader.load_state_dict(extra["loader"])
+    number = sum(1 for entry in folder.journal if entry["event"] == "start")
+    groups.barrier()  # all have counted the attempts before this one is noted
+    if groups.rank == 0:
+        folder.note(
+            "start",
+            attempt=place.attempt,
+            number=number,
+            node=place.node,
+            world=groups.world,
+            steps=steps,
+            step=start_step,
+            trains=counts,
+            samples=loader.samples,
+        )
+    tracker = _tracker(folder, record, spec, place, groups, number, start_step, parent)
+    trainer = Trainer(
+        engine,
+        loader,
+        checkpoints,
+        tracker,
+        warned,
+        spec.train,
+        groups,
+        start_step=start_step,
+        total_steps=steps,
+    )
+    try:
+        outcome = trainer.fit()
+    except BaseException:
+        tracker.finish("failed")
+        raise
+    finally:
+        loader.close()
+    if outcome is Outcome.FINISHED:
+        if groups.rank == 0:
+            folder.note("evaluating", attempt=place.attempt)
+        if spec.data.held_out:
+            evaluate(folder, model, tokenizer, spec, image, groups, tracker)
+        if groups.rank == 0:
+            _publish(folder, checkpoints, parent, tracker)
+    groups.barrier()
+    ended = "finished" if outcome is Outcome.FINISHED else "preempted"
+    tracker.finish(ended)
+    if groups.rank == 0:
+        folder.note("ended", attempt=place.attempt, outcome=ended, reason=getattr(warned, "warned", ""))
+    groups.barrier()
+    return ended
+
+
+def _prepare(spec: ExperimentSpec) -> None:
+    """Seed everything, and on a CPU compute in one fixed order: an attempt must repeat another's numbers."""
+    if spec.cluster.device == "cpu":
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    random.seed(spec.seed)
+    np.random.seed(spec.seed)
+    torch.manual_seed(spec.seed)
+
+
+def _parent(
+    record: Mapping[str, Any], after: str, groups: Groups
+) -> tuple[RunFolder, dict[str, Any]] | None:
+    """The run this one starts from and its handoff, checked on each rank before anything large is loaded."""
+    if not after:
+        return None
+    folder = RunFolder(Path(record["parent"]))
+    return folder, handoff.read(folder, identity=record["parent_identity"], stage=after)
+
+
+def _tokenizer(
+    spec: ExperimentSpec, folder: RunFolder, parent: tuple[RunFolder, dict[str, Any]] | None, groups: Groups
+) -> Any:
+    """The parent's tokenizer, else the backbone's own or one trained on the run's texts; kept in the run folder."""
+    if not folder.tokenizer.is_dir() and groups.rank == 0:
+        if parent:
+            tokenizer = backbones.load_tokenizer(spec.model, parent[0].tokenizer)
+        elif spec.model.tokenizer.startswith("train:"):
+            tokenizer = backbones.train_tokenizer(texts(spec.data), int(spec.model.tokenizer[6:]))
+        else:
+            tokenizer = backbones.load_tokenizer(spec.model, None)
+        beside = folder.tokenizer.with_name(f".tokenizer.{os.getpid()}")
+        tokenizer.save_pretrained(beside)
+        os.rename(beside, folder.tokenizer)
+    groups.barrier()
+    tokenizer = backbones.load_tokenizer(spec.model, folder.tokenizer)
+    if faults := tokenizer_faults(tokenizer, spec.data.template):
+        raise StageError("the tokenizer does not suit the template: " + "; ".join(faults))
+    return tokenizer
+
+
+def _tracker(
+    folder: RunFolder,
+    record: Mapping[str, Any],
+    spec: ExperimentSpec,
+    place: Place,
+    groups: Groups,
+    number: int,
+    start_step: int,
+    parent: tuple[RunFolder, dict[str, Any]] | None,
+) -> Tracker:
+    run = {**{key: record[key] for key in ("id", "name", "experiment", "stage")}, "tags": list(spec.wandb.tags)}
+    found = tracking.trackers(
+        folder.path, run, plain(spec), spec.wandb, rank=groups.rank, attempt=number, start_step=start_step
+    )
+    if groups.rank:
+        return found
+    if parent:
+        found.use(parent[1])
+    return tracking.Trackers(Journal(folder, place.attempt), found)
+
+
+def _publish(
+    folder: RunFolder,
+    checkpoints: Checkpoints,
+    parent: tuple[RunFolder, dict[str, Any]] | None,
+    tracker: Any,
+) -> None:
+    final = checkpoints.latest()
+    if final is None:
+        raise StageError(f"{folder.checkpoints} has lost the checkpoint of the last step")
+    tracker.publish_handoff(handoff.publish(folder, final.path, parent=parent[1] if parent else None))
