@@ -1,0 +1,247 @@
+"""The process that brings a run folder to W&B while the run trains: python -m launch.mirror FOLDER ATTEMPT
+
+It reads metrics.jsonl and wandb/wanted.jsonl as they grow. Its input says how the attempt ended; where the
+input ends without a word the trainer was killed, and what it wrote is still sent. It is a process and not a
+thread: a client that hangs, crashes or exits takes no training along, and its environment has no secrets.
+"""
+
+from __future__ import annotations
+
+import netrc
+import os
+import select
+import signal
+import socket
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+from launch import tracking
+from launch.metrics import Reader
+from launch.record import read_json, read_lines, write_json
+
+TICK_SECONDS = 1.0
+BEAT_SECONDS = 5.0
+RETRY_SECONDS = 300.0  # between looks whether the server is back
+CHECK_SECONDS = 600.0  # between looks whether the server takes the rows
+PROBE_SECONDS = 10.0
+
+
+class Mirror:
+    """One attempt's rows and wishes on their way to W&B."""
+
+    def __init__(self, folder: Path, attempt: int) -> None:
+        self.folder, self.attempt = folder, attempt
+        job = read_json(folder / "wandb" / f"attempt_{attempt}.json")
+        if job is None:
+            raise SystemExit(
+                f"{folder}/wandb/attempt_{attempt}.json is missing: nothing says which run this is"
+            )
+        self.job: dict[str, Any] = job
+        self.session: tracking.Session | None = None
+        self.reader = Reader(folder / "metrics.jsonl")
+        self.state: dict[str, Any] = {"pid": os.getpid(), "host": socket.gethostname(), "closed": False}
+        self.state |= {"segments": [], "held": {}, "outcome": ""}
+        self._held_here: set[str] = set()
+        self._next_try = self._next_check = self._next_beat = 0.0
+        self._reached = -1  # the step the server should have by the next check
+
+    def live(self) -> None:
+        """Follow the trainer until it ends."""
+        self.wait_for_predecessor()
+        while True:
+            self.work()
+            outcome = listen(TICK_SECONDS)
+            if outcome:
+                self.work()
+                self.end(outcome)
+                return
+
+    def work(self) -> None:
+        try:
+            if self.session is None:
+                self.open()
+            elif not self.session.online and self.may_be_online() and time.monotonic() > self._next_try:
+                self._next_try = time.monotonic() + RETRY_SECONDS
+                if reachable(tracking.base_url()):
+                    self.say("the server is back")
+                    self.leave()
+                    self.open()
+            self.send()
+            self.check()
+        except Exception as error:
+            self.say(f"{type(error).__name__}: {error}")
+            self.leave()
+        self.beat()
+
+    def open(self) -> None:
+        """Open the run online where that is possible, offline else."""
+        online = self.may_be_online() and reachable(tracking.base_url())
+        self._next_try = time.monotonic() + RETRY_SECONDS
+        try:
+            self.session = tracking.Session(self.job, self.folder, online=online)
+        except Exception as error:
+            if not online:
+                raise
+            self.say(f"not online: {type(error).__name__}: {error}")
+            tracking.close()
+            self.session = tracking.Session(self.job, self.folder, online=False)
+        self.reader = Reader(self.folder / "metrics.jsonl", after=self.session.step)
+        self._held_here = set()
+        self._next_check, self._reached = time.monotonic() + CHECK_SECONDS, -1
+        self.state["segments"].append(self.session.segment)
+        self.state |= {
+            "mode": "online" if self.session.online else "offline",
+            "url": self.session.run.url or "",
+        }
+        self.say(f"{self.state['mode']} in {self.session.segment}, after step {self.session.step}")
+
+    def send(self) -> None:
+        """Bring W&B up to the files."""
+        session = self.session
+        assert session is not None
+        for row in self.reader:
+            session.log(row)
+        for item in read_lines(self.folder / "wandb" / "wanted.jsonl"):
+            key = item["key"]
+            if key in self._held_here or self.state["held"].get(key) == "server":
+                continue
+            self._held_here.add(key)
+            try:
+                there = session.hold(item)
+            except Exception as error:
+                # Lineage is completed afterwards: by the next attempt or the syncer.
+                self.say(f"{item['kind']} {item['name']}: {type(error).__name__}: {error}")
+                continue
+            if item["kind"] != "summary":
+                self.state["held"][key] = "server" if there else session.segment
+
+    def check(self) -> None:
+        """Open the run anew when the server has stopped taking rows, which the client says nowhere."""
+        if self.session is None or not self.session.online or time.monotonic() < self._next_check:
+            return
+        self._next_check = time.monotonic() + CHECK_SECONDS
+        expected, self._reached = self._reached, self.session.step
+        try:
+            there = tracking.server_step(self.job)
+        except Exception as error:
+            self.say(f"no answer to a check: {type(error).__name__}: {error}")
+            return
+        if there < expected:
+            raise RuntimeError(f"the server has step {there} and was sent {expected} long ago; sending again")
+
+    def end(self, outcome: str) -> None:
+        try:
+            for _ in range(2):
+                if self.session is None:
+                    self.open()
+                    self.send()
+                assert self.session is not None
+                session, self.session = self.session, None
+                session.finish(outcome)
+                if not session.online or tracking.server_step(self.job) >= session.step:
+                    self.state["delivered"] = session.online
+                    break
+                self.say("the server has not taken all rows; sending them again")
+                tracking.close()
+        except Exception as error:
+            self.say(f"at the end: {type(error).__name__}: {error}")
+        self.state |= {"closed": True, "outcome": outcome}
+        self.beat(now=True)
+
+    def leave(self) -> None:
+        """Give up the present session; what it holds is on disk, or is read again."""
+        session, self.session = self.session, None
+        try:
+            if session is not None and not session.online:
+                session.finish("failed")
+            tracking.close()
+        except Exception as error:
+            self.say(f"{type(error).__name__}: {error}")
+
+    def may_be_online(self) -> bool:
+        mode = self.job["mode"]
+        if mode == "auto" and os.environ.get("WANDB_MODE") in ("offline", "dryrun"):
+            return False
+        return mode == "online" or (mode == "auto" and account(tracking.base_url()))
+
+    def wait_for_predecessor(self) -> None:
+        """A run has one writer at a time: the last attempt's mirror may still be sending."""
+        others = (self.folder / "wandb").glob("mirror_*.json")
+        earlier = [path for path in others if path.stem != f"mirror_{self.attempt}"]
+        for path in earlier:
+            seen, changed = None, time.monotonic()
+            while (state := read_json(path)) and not state.get("closed") and time.monotonic() - changed < 12:
+                if state.get("host") == self.state["host"] and not alive(state["pid"]):
+                    break
+                if state.get("beat") != seen:
+                    seen, changed = state.get("beat"), time.monotonic()
+                time.sleep(0.2)
+
+    def beat(self, now: bool = False) -> None:
+        if now or time.monotonic() > self._next_beat:
+            self._next_beat = time.monotonic() + BEAT_SECONDS
+            self.state |= {"beat": time.time(), "step": self.reader.step}
+            write_json(self.folder / "wandb" / f"mirror_{self.attempt}.json", self.state)
+
+    def say(self, text: str) -> None:
+        self.state["note"] = text
+        print(time.strftime("%Y-%m-%d %H:%M:%S"), text, flush=True)
+
+
+def listen(seconds: float) -> str:
+    """How the attempt ended, where the trainer has said so within `seconds`; `lost` where it is gone."""
+    ready, _, _ = select.select([0], [], [], seconds)
+    if not ready:
+        return ""
+    return os.read(0, 100).decode().strip() or "lost"
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def reachable(url: str) -> bool:
+    """Whether a server answers at all, through the proxies of the environment; whatever it says."""
+    try:
+        urllib.request.urlopen(url, timeout=PROBE_SECONDS).close()
+    except urllib.error.HTTPError as answer:
+        return answer.code < 500
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def account(url: str) -> bool:
+    """Whether there is a login for the server: WANDB_API_KEY, an identity token, or a line in netrc."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    names = [os.environ["NETRC"]] if os.environ.get("NETRC") else ["~/.netrc", "~/_netrc"]
+    for path in (Path(name).expanduser() for name in names):
+        try:
+            if netrc.netrc(path).authenticators(urlparse(url).hostname or ""):
+                return True
+        except (OSError, netrc.NetrcParseError):
+            continue
+    return False
+
+
+def main() -> None:
+    # SLURM signals every process of a step; what a warning means, the trainer says on the input.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    Mirror(Path(sys.argv[1]), int(sys.argv[2])).live()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""Take secrets out of what leaves this machine: settings, environments, texts.
+
+Two nets: names that say they hold a secret, and values that look like one whatever their name.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+HIDDEN = "[hidden]"
+
+_NAME = re.compile(
+    r"(?:^|[_\-.])(?:secrets?|tokens?|passw(?:or)?d|passphrase|pwd|api_?keys?|access_?keys?|private_?keys?|jwt|cookie"
+    r"|credentials?|auth|key|dsn)(?:$|[_\-.])",
+    re.IGNORECASE,
+)
+_VALUE = re.compile(
+    r"hf_[A-Za-z0-9]{16,}|gh[pousr]_[A-Za-z0-9]{16,}|github_pat_\w{20,}|glpat-[\w-]{16,}|sk-[\w-]{16,}|xox[abprs]-[\w-]{10,}"
+    r"|AKIA[0-9A-Z]{12,}|AIza[\w-]{30,}|wandb_v1_\w{16,}|eyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]*"
+    r"|-----BEGIN [A-Z ]*PRIVATE KEY-----[\s\S]*?(?:-----END [A-Z ]*PRIVATE KEY-----|$)"
+)
+_URL = re.compile(r"(?<=://)[^/\s:@]*:[^/\s@]+(?=@)")
+_ASSIGNMENT = re.compile(r"([A-Za-z_][A-Za-z0-9_.-]*)(\s*[=:]\s*|\s+)(\"[^\"]*\"|'[^']*'|[^\s;&|]+)")
+_BEARER = re.compile(r"(?i)(bearer|basic)(\s+)[\w.~+/=-]{8,}")
+
+
+def secret_name(name: str) -> bool:
+    """Whether a setting or an environment variable of this name is likely to hold a secret."""
+    words = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name)  # apiKey -> api_Key
+    return bool(_NAME.search(words)) and not name.lower().endswith(("_file", "_path", "_dir"))
+
+
+def environment_secrets(environment: Mapping[str, str] | None = None) -> tuple[str, ...]:
+    """The values of the environment's secrets that are long enough to be recognised in other texts."""
+    environment = os.environ if environment is None else environment
+    return tuple({value for name, value in environment.items() if secret_name(name) and len(value) >= 8})
+
+
+def redact(value: Any, known: tuple[str, ...] | None = None) -> Any:
+    """A copy of `value` (mappings, lists, texts) without secrets; `known` values are hidden anywhere."""
+    known = environment_secrets() if known is None else known
+    if isinstance(value, Mapping):
+        return {
+            str(key): HIDDEN
+            if secret_name(str(key)) and isinstance(item, str) and item
+            else redact(item, known)
+            for key, item in value.items()
+        }
+    if isinstance(value, (list, tuple)):
+        return [redact(item, known) for item in value]
+    if isinstance(value, str):
+        return redact_text(value, known)
+    return value
+
+
+def redact_text(text: str, known: tuple[str, ...] = ()) -> str:
+    """`text` without the known values, without what has the shape of a secret, without `NAME=secret`."""
+    for secret in known:
+        text = text.replace(secret, HIDDEN)
+    text = _URL.sub(HIDDEN, _VALUE.sub(HIDDEN, text))
+    text = _BEARER.sub(lambda match: match[1] + match[2] + HIDDEN, text)
+    return _ASSIGNMENT.sub(
+        lambda match: (
+            match[1] + match[2] + HIDDEN if secret_name(match[1]) and match[2].strip() else match[0]
+        ),
+        text,
+    )
