@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 
 COMMAND_LINE = "<command line>"
+# What would move a terminal's cursor, or end the line.
+UNPRINTABLE = re.compile("[^\t\x20-\x7e\xa0-\u2027\u202f-\U0010ffff]")
 
 
 @dataclass(frozen=True)
@@ -38,18 +40,17 @@ class Fault:
     hint: str = ""
 
     def __str__(self) -> str:
-        at = self.place
+        at, message, hint = self.place, UNPRINTABLE.sub("?", self.message), UNPRINTABLE.sub("?", self.hint)
         if at is None:
-            return f"error: {self.message}" + (f"\n  hint: {self.hint}" if self.hint else "")
-        lines = [
-            f"{at.file}:{at.line}:{at.col}: error: {self.message}"
-            if at.line
-            else f"{at.file}: error: {self.message}"
-        ]
+            return f"error: {message}" + (f"\n  hint: {hint}" if hint else "")
+        where = f"{at.file}:{at.line}:{at.col}" if at.line else at.file
+        lines = [f"{where}: error: {message}"]
         if at.line and at.text:
             under = re.sub(r"[^\t]", " ", at.text[: at.col - 1])
-            lines += [f"{at.line:5} | {at.text}", f"      | {under}^"]
-        return "\n".join([*lines, *([f"      = hint: {self.hint}"] if self.hint else [])])
+            lines += [f"{at.line:5} | {UNPRINTABLE.sub('?', at.text)}", f"      | {under}^"]
+        if hint:
+            lines.append(f"      = hint: {hint}")
+        return "\n".join(lines)
 
 
 class SpecError(Exception):

@@ -132,7 +132,7 @@ class Text:
             self.faults.append(Fault(place, message, hint))
         except yaml.reader.ReaderError as error:
             before = BREAKS.split(self.text[: error.position])
-            name = f"U+{ord(str(error.character)):04X}"
+            name = f"U+{ord(self.text[error.position]):04X}"
             place = self._place(len(before) - 1, len(before[-1]))
             self.faults.append(Fault(place, f"the character {name} is not allowed in YAML", "delete it"))
         except (ValueError, OverflowError) as error:  # an escape, or a %YAML version, beyond all numbers
