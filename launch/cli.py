@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,6 +39,14 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
+    try:
+        return _main(arguments)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # `| head` has closed it; Python would complain at its exit
+        return OK
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     options = parser().parse_intermixed_args(arguments)
     if options.only and (options.first or options.last):
         return _complain("--only says both --from and --until; give it alone")
@@ -121,9 +130,9 @@ def run_here(plan: Plan) -> int:
 def dry_run(plan: Plan) -> int:
     """Print the plan and every script that would be sent."""
     states = submission.states_of(plan, None)
-    if blocked := _blocked(plan, states):
-        return _complain(*blocked)
     print(table(plan, states))
+    if blocked := _blocked(plan, states):
+        print(f"note: {blocked[0]}; submitting this plan would be refused")
     code = runs_folder(plan.stages[-1].spec) / "code" / snapshot.digest()
     for batch in submission.preview(plan, states, code):
         if batch.stage.spec.cluster.executor == "local":

@@ -105,6 +105,7 @@ def script(spec: ExperimentSpec, name: str, indices: Sequence[int], batch: Path,
         cpus_per_task=cluster.cpus_per_gpu,
         signal_delay_s=int(cluster.grace),
         stderr_to_stdout=True,
+        wckey=None,  # submitit's own default is a key that a site with accounting by keys refuses
         setup=[
             "trap : TERM  # preemption signals this shell too, and the verdict below must still be spoken",
             f"trap {shlex.quote(at_exit)} EXIT",

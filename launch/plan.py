@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from launch.reader import Fault, Layers, Place, SpecError, expand
+from launch.reader import Fault, Layers, Place, SpecError
 from launch.record import RunFolder, read_json
 from launch.snapshot import REPOSITORY
 from launch.spec import ExperimentSpec
@@ -165,7 +165,7 @@ def load(file: Path, overrides: Sequence[str] = ()) -> Experiment:
         points = [("", layers.build(ExperimentSpec))]
         return Experiment(_name(file, points[0][1]), file, layers, tuple(points))
     points, faults = [], []
-    for name, changes in expand(sweep):
+    for name, changes in layers.expand(sweep):
         for path, node in changes:
             if path == "gpus" or path.split(".")[0] in ("cluster", "runs", "name", "stage"):
                 fault = Fault(

@@ -1,0 +1,125 @@
+"""The plan: points, parents, identities, and what a command line may change where."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tests.launch import chain
+
+from launch.plan import clashes, make, plain
+from launch.reader import SpecError
+from launch.record import write_json
+
+SWEEP = "sweep: {train.optim.lr: [1e-5, 2e-5]}\n"
+
+
+def test_the_chain_is_found_from_its_last_experiment(tmp_path: Path) -> None:
+    plan = make(chain.write(tmp_path))
+    assert [stage.spec.stage for stage in plan.stages] == ["align", "instruct", "moe"]
+    one, two, three = (stage.runs[0] for stage in plan.stages)
+    assert (one.parent, two.parent, three.parent) == (None, one, two)
+    assert three.folder.path == tmp_path / "runs" / "s3" / "run"
+
+
+def test_all_points_start_from_the_only_run_above(tmp_path: Path) -> None:
+    plan = make(chain.write(tmp_path, sweep3=SWEEP))
+    assert [run.point for run in plan.stages[2].runs] == ["lr=1e-5", "lr=2e-5"]
+    assert all(run.parent is plan.stages[1].runs[0] for run in plan.stages[2].runs)
+    assert plan.stages[2].runs[1].spec.train.optim.lr == 2e-5
+
+
+def test_equal_sweeps_are_matched_point_by_point(tmp_path: Path) -> None:
+    plan = make(chain.write(tmp_path, sweep2=SWEEP, sweep3=SWEEP))
+    assert [run.parent for run in plan.stages[2].runs] == list(plan.stages[1].runs)
+
+
+def test_a_sweep_above_with_other_points_is_a_fault_with_a_way_out(tmp_path: Path) -> None:
+    file = chain.write(tmp_path, sweep2=SWEEP)
+    with pytest.raises(SpecError) as caught:
+        make(file)
+    text = str(caught.value)
+    assert "s3.yaml:3:" in text
+    assert "s2 has 2 runs, and none at the point (no sweep)" in text
+    assert "init_from: s2/lr=1e-5" in text
+    plan = make(file, ["init_from=s2/lr=2e-5"])
+    assert plan.stages[2].runs[0].parent is plan.stages[1].runs[1]
+
+
+def test_identity_is_what_decides_weights(tmp_path: Path) -> None:
+    file = chain.write(tmp_path)
+    plan = make(file)
+    identities = [stage.runs[0].identity for stage in plan.stages]
+    moved = make(file, ["gpus=2", "cluster.partition=other", "wandb.project=x", "train.micro_batch=1"])
+    assert [stage.runs[0].identity for stage in moved.stages] == identities
+    changed = make(file, ["train.optim.lr=1e-3"])
+    assert [stage.runs[0].identity for stage in changed.stages][:2] == identities[:2]
+    assert changed.stages[2].runs[0].identity != identities[2]
+    # What changes a parent changes what starts from it.
+    above = make(file, ["s1:train.optim.lr=1e-3"])
+    assert not set(identities) & {stage.runs[0].identity for stage in above.stages}
+    # A dense stage does not care about experts in a file that all stages inherit.
+    sparse = make(file, ["s2:moe.experts=8"])
+    assert sparse.stages[1].runs[0].identity == identities[1]
+
+
+def test_ids_are_stable_short_and_safe(tmp_path: Path) -> None:
+    file = chain.write(tmp_path, sweep3="sweep: {train.optim.lr: [1e-5], moe.aux_loss: [0.01], seed: [1, 2]}\n")
+    runs = make(file).stages[2].runs
+    assert [run.id for run in runs] == [run.id for run in make(file).stages[2].runs]
+    assert all(len(run.id) <= 64 and "/" not in run.id for run in runs)
+    assert len({run.id for run in runs}) == 2
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "stages", "earlier"),
+    [
+        ("", "", ["s1", "s2", "s3"], []),
+        ("instruct", "", ["s2", "s3"], ["s1"]),
+        ("", "s2", ["s1", "s2"], []),
+        ("moe", "moe", ["s3"], ["s1", "s2"]),
+    ],
+)
+def test_the_chain_can_be_cut(tmp_path: Path, first: str, last: str, stages: list[str], earlier: list[str]) -> None:
+    plan = make(chain.write(tmp_path), first=first, last=last)
+    assert [stage.experiment.name for stage in plan.stages] == stages
+    assert [stage.experiment.name for stage in plan.earlier] == earlier
+
+
+@pytest.mark.parametrize(
+    ("edit", "overrides", "words"),
+    [
+        (("s3.yaml", "init_from: s2", "init_from: s22"), [], "'s22' names no experiment"),
+        (("s3.yaml", "init_from: s2", "init_from: s1"), [], "stage moe starts from stage instruct, and s1 is stage align"),
+        (("s1.yaml", "stage: align", "stage: instruct\ninit_from: s2"), [], "starts from itself"),
+        (("s3.yaml", "", ""), ["elsewhere:seed=3"], "elsewhere: no experiment of this chain"),
+        (("s3.yaml", "", ""), ["sweep={gpus: [4, 8]}"], "sweep.gpus: the runs of one array share their gpus"),
+        (("s3.yaml", "", ""), ["sweep={moe.topk: [1, 2]}"], "moe.topk: no such setting"),
+        (("s3.yaml", "", ""), ["init_from=s2/lr=9"], "s2 has no run 'lr=9'"),
+    ],
+)
+def test_faults_of_a_chain(tmp_path: Path, edit: tuple[str, str, str], overrides: list[str], words: str) -> None:
+    file = chain.write(tmp_path)
+    path = tmp_path / edit[0]
+    text = path.read_text().replace(edit[1], edit[2], 1) if edit[1] else path.read_text()
+    if "starts from itself" in words:
+        text = text.replace("data: {template: plain}\n", "")
+    path.write_text(text)
+    with pytest.raises(SpecError) as caught:
+        make(file, overrides)
+    assert words in str(caught.value)
+
+
+def test_a_folder_that_holds_another_run_is_refused_with_what_changed(tmp_path: Path) -> None:
+    file = chain.write(tmp_path)
+    for stage in make(file).stages:
+        for run in stage.runs:
+            write_json(run.folder.spec_file, plain(run.spec))
+            write_json(run.folder.run_file, run.record("code"))
+    assert not list(clashes(make(file)))
+    [fault] = clashes(make(file, ["train.optim.lr=1e-3"]))
+    assert "train.optim.lr was 2e-05, is 0.001" in fault.message
+    assert "name=s3_2" in fault.hint
+    faults = list(clashes(make(file, ["s2:seed=1"])))
+    assert ["seed was 0, is 1" in faults[0].message, "the run it starts from is another" in faults[1].message] == [True] * 2
+    assert not list(clashes(make(file, ["train.optim.lr=1e-3", "name=s3_2"])))
