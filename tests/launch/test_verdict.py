@@ -1,0 +1,76 @@
+"""Verdicts from what an attempt left, and budgets from the journal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from launch import verdict
+from launch.record import RunFolder, write_json
+
+
+def failed(folder: RunFolder, rank: int, message: str, time: float, kind: str = "error") -> None:
+    write_json(folder.logs("a") / f"failure_{rank}.json", {"kind": kind, "message": message, "time": time})
+
+
+def test_what_the_ranks_agreed_on_is_the_verdict(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.note("start", attempt="a")
+    folder.note("ended", attempt="a", outcome="preempted", reason="SIGUSR2")
+    assert verdict.of_attempt(folder, "a", 0) == ("preempted", "SIGUSR2")
+    assert verdict.comes_back(folder, "preempted")
+
+
+def test_of_many_failures_the_first_knows_why(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.note("start", attempt="a")
+    failed(folder, 0, "RuntimeError: connection closed by peer", 20.0)
+    failed(folder, 1, "ValueError: no such dataset", 10.0, kind="bad spec")
+    assert verdict.of_attempt(folder, "a", 1) == ("bad spec", "ValueError: no such dataset")
+
+
+def test_ranks_that_left_no_word_were_lost(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    assert verdict.of_attempt(folder, "a", 1)[0] == "infrastructure"
+    folder.note("start", attempt="a")
+    assert verdict.of_attempt(folder, "a", 137) == (
+        "infrastructure",
+        "srun ended with 137 and no rank said why: a node or a rank was lost",
+    )
+
+
+@pytest.mark.parametrize(("kind", "attempts"), [("error", 2), ("infrastructure", 6), ("bad spec", 1)])
+def test_each_cause_has_a_budget_that_a_saved_step_renews(tmp_path: Path, kind: str, attempts: int) -> None:
+    folder = RunFolder(tmp_path)
+
+    def until_held() -> int:
+        made = 1
+        while verdict.comes_back(folder, kind):
+            verdict.speak(folder, str(made), kind, "", again=True)
+            made += 1
+        return made
+
+    assert until_held() == attempts
+    folder.note("saved", attempt="x", step=10)
+    assert until_held() == attempts
+
+
+def test_preemptions_are_never_counted(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    for n in range(50):
+        assert verdict.comes_back(folder, "preempted")
+        verdict.speak(folder, str(n), "preempted", "", again=True)
+
+
+def test_a_cancelled_run_stays_cancelled_until_it_is_submitted_again(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    folder.note("submitting", batch="b", index=0)
+    folder.note("start", attempt="a")
+    folder.note("cancelled", by="me")
+    folder.note("ended", attempt="a", outcome="preempted", reason="SIGTERM")
+    assert verdict.of_attempt(folder, "a", 0)[0] == "cancelled"
+    assert not verdict.comes_back(folder, "cancelled")
+    folder.note("submitting", batch="c", index=0)
+    folder.note("ended", attempt="b", outcome="preempted", reason="SIGTERM")
+    assert verdict.of_attempt(folder, "b", 0)[0] == "preempted"
