@@ -2,13 +2,13 @@
 
 Scores, weights and losses are fp32 whatever the model's precision. Two sets of rules (`moe.rules`):
 
-    moe_llava   DeepSpeed 0.9.5's top1gating and top2gating (deepspeed/moe/sharded_moe.py): padding is routed and
-                counted, only first choices are counted, a single choice weighs its probability
-    default     only real tokens are routed and counted, all choices are counted, and the kept weights of a token
-                always sum to one: a layer of equal experts then equals one of them, for a single choice too
+    moe_llava   DeepSpeed 0.9.5's top1gating and top2gating (deepspeed/moe/sharded_moe.py): padding is
+                routed and counted, only first choices are counted, a single choice weighs its probability
+    default     only real tokens are routed and counted, all choices are counted, and a token's kept
+                weights sum to one: a layer of equal experts equals one of them, for a single choice too
 
-Under both, weights are renormalised after dropping, first choices of all tokens are served before second ones,
-and balance is measured on first choices.
+Under both, weights are renormalised after dropping, first choices of all tokens are served before second
+ones, and balance is measured on first choices.
 
 Shapes: T tokens, D width, E experts, K choices a token.
 """
@@ -46,8 +46,8 @@ class Report:
 class Traffic:
     """What one forward pass tells its sparse layers, and hears from them.
 
-    It travels with the pass as an argument, so that activations recomputed in the backward pass are routed by the
-    same padding; a recomputed report lands on the one of the forward pass, which was read long before.
+    It travels with the pass as an argument, so that activations recomputed in the backward pass are routed by
+    the same padding; a recomputed report lands on the forward pass's own, which was read long before.
     """
 
     real: Tensor | None  # int64, positions of the flattened batch that are routed; None: all
@@ -71,8 +71,8 @@ class Traffic:
 def balance(reports: list[Report], groups: Groups | None) -> list[Tensor]:
     """Load-balancing losses: E * sum_e mean(probability of e) * fraction of first choices on e; 1 when even.
 
-    With groups, fractions and means are those of all ranks' tokens together, and this rank's loss is scaled such
-    that the mean over ranks is the loss of the whole batch: the same on any number of ranks.
+    With groups, fractions and means are those of all ranks' tokens together, and this rank's loss is scaled
+    such that the mean over ranks is the loss of the whole batch: the same on any number of ranks.
     """
     if groups is None or not reports:
         return [
@@ -116,7 +116,7 @@ class Router(nn.Module):
 
 
 def capacity(tokens: int, experts: int, top_k: int, factor: float, least: int) -> int:
-    """Choices an expert takes from one rank: ceil(tokens / experts * factor * top_k) (DeepSpeed, _capacity)."""
+    """Choices an expert takes from a rank: ceil(tokens / experts * factor * top_k) (DeepSpeed, _capacity)."""
     return max(math.ceil(tokens / experts * factor * top_k), least)
 
 
@@ -129,8 +129,8 @@ def route(
 ) -> tuple[Routing, Report]:
     """Choose, serve, drop, weigh.
 
-    `factor` 0 drops nothing. `noise_TE` is added to the logits to choose beyond the first. `order_T` in [0, 1):
-    who is served when an expert is full, highest first, instead of the first to come (DeepSpeed's use_rts).
+    `factor` 0 drops nothing. `noise_TE` is added to the logits to choose beyond the first. `order_T` in
+    [0, 1): who is served when an expert is full, highest first, not the first to come (DeepSpeed's use_rts).
     """
     tokens, experts = logits_TE.shape
     chance_TE = logits_TE.softmax(-1)
@@ -177,7 +177,7 @@ def _choose(logits_TE: Tensor, top_k: int, noise_TE: Tensor | None) -> Tensor:
 
 
 def _slots(expert_TK: Tensor, experts: int, order_T: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Each choice's place in its expert's queue, all first choices before any second; and the queues' lengths."""
+    """Each choice's place in its expert's queue, first choices before second; and the queues' lengths."""
     queue_N = expert_TK.t().reshape(-1)  # N = K * T, first choices first
     arrival = torch.arange(len(queue_N), device=queue_N.device)
     if order_T is not None:

@@ -101,7 +101,7 @@ class VLM(nn.Module):
             if self.vision.drop_first:
                 patches_NPV = patches_NPV[:, 1:]
         features: Tensor = self.projector(patches_NPV.to(next(self.projector.parameters()).dtype))
-        # A model that scales its input embeddings inside (MiniCPM) must not scale these: the reference does not.
+        # A model that scales its input embeddings inside (MiniCPM) must not scale these: as the reference.
         return features / getattr(self.language.config, "embedding_multiplier", 1.0)
 
     def splice(
@@ -195,7 +195,7 @@ class VLM(nn.Module):
     def decode(
         self, embeds: Tensor, traffic: Traffic | None, *, attention_mask: Tensor, **cache: Any
     ) -> Tensor:
-        """The language model without its head, [B, S, D] -> [B, S, D]; `cache`: transformers' own arguments."""
+        """The language model without its head, [B, S, D] -> [B, S, D]; `cache`: transformers' arguments."""
         # Right-padded and without a cache no mask is needed: see the module's head.
         plain = not cache and (self.moe is None or self.moe.rules == "default")
         if traffic is not None:
