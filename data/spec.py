@@ -1,9 +1,13 @@
-"""What a run reads: the mixture, its template and its limits; standard library only, so that a login node can read it."""
+"""What a run reads: the mixture, its template and its limits.
+
+Standard library only, so that a login node can read it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Literal
 
 Complaint = tuple[str, str, str]
@@ -11,8 +15,10 @@ Complaint = tuple[str, str, str]
 
 @dataclass(frozen=True)
 class DataSpec:
-    root: str = "$DATA_ROOT"  # the folder of image folders and annotation files; variables are expanded on the node
-    mix: str | Mapping[str, float] = ""  # a group of data.catalog, a dataset, a .json file, or these with weights
+    root: str = "$DATA_ROOT"  # of image folders and annotations; variables are expanded on the node
+    mix: str | Mapping[str, float] = (
+        ""  # a group or dataset of data.catalog, a .json file, or these with weights
+    )
     held_out: str = ""  # annotation file under root, asked after the stage
     template: str = "v1"  # a row of data.conversation.TEMPLATES
     aspect: Literal["square", "pad"] = "pad"
@@ -23,8 +29,21 @@ class DataSpec:
     bad_samples: int = 0  # unreadable samples a run may replace before it stops
 
     def check(self) -> Iterator[Complaint]:
+        from data.catalog import DATASETS, GROUPS
+        from data.conversation import TEMPLATES
+
         if not self.mix:
             yield "mix", "names no data", "say mix: llava-pt, hybrid-ft, llava-ft, or a .json file under root"
+        for name in (self.mix,) if isinstance(self.mix, str) else self.mix:
+            known = [*GROUPS, *DATASETS]
+            if name and name not in known and not name.endswith((".json", ".jsonl")):
+                meant = get_close_matches(name, known, n=1)
+                hint = f"did you mean {meant[0]!r}?" if meant else "your own files end in .json or .jsonl"
+                yield "mix", f"{name!r} is none of {', '.join(known)} and no .json file", hint
+        if self.template not in TEMPLATES:
+            meant = get_close_matches(self.template, list(TEMPLATES), n=1)
+            hint = f"did you mean {meant[0]!r}?" if meant else ""
+            yield "template", f"{self.template!r} is none of {', '.join(TEMPLATES)}", hint
         if isinstance(self.mix, Mapping):
             for name, weight in self.mix.items():
                 if not weight > 0:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from data.spec import DataSpec
 from moe.spec import ModelSpec, MoESpec, TrainSpec
@@ -17,14 +17,14 @@ Complaint = tuple[str, str, str]
 class Duration(int):
     """Seconds, written with a unit: 90s, 10m, 24h, 2d, or SLURM's [D-]HH:MM:SS."""
 
-    UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+    UNITS: ClassVar = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
     @classmethod
     def parse(cls, text: str) -> Duration:
         """Read a duration; ValueError says what is wrong."""
-        if match := re.fullmatch(r"(\d+(?:\.\d+)?)\s*([smhd])", text):
+        if match := re.fullmatch(r"(\d{1,9}(?:\.\d+)?)\s*([smhd])", text):
             return cls(round(float(match[1]) * cls.UNITS[match[2]]))
-        if match := re.fullmatch(r"(?:(\d+)-)?(\d+):(\d\d):(\d\d)", text):
+        if match := re.fullmatch(r"(?:(\d{1,9})-)?(\d{1,9}):(\d\d):(\d\d)", text):
             days, hours, minutes, seconds = (int(part or 0) for part in match.groups())
             return cls(((days * 24 + hours) * 60 + minutes) * 60 + seconds)
         raise ValueError(f"expected a duration such as 10m, 24h or 1-00:00:00, got {text!r}")
@@ -34,6 +34,9 @@ class Duration(int):
             if self and self % self.UNITS[unit] == 0:
                 return f"{int(self) // self.UNITS[unit]}{unit}"
         return f"{int(self)}s"
+
+
+DAY, TEN_MINUTES = Duration(24 * 3600), Duration(600)
 
 
 @dataclass(frozen=True)
@@ -53,8 +56,8 @@ class ClusterSpec:
     exclude: str = ""
     cpus_per_gpu: int = 8
     mem_gb_per_gpu: float = 0.0  # 0: the partition's default
-    walltime: Duration = Duration(24 * 3600)
-    grace: Duration = Duration(600)  # warning before the walltime: one step and one save
+    walltime: Duration = DAY
+    grace: Duration = TEN_MINUTES  # warning before the walltime: one step and one save
     array_parallelism: int = 0  # elements of an array that run at a time; 0: all
     setup: tuple[str, ...] = ()  # shell lines before the ranks start
     python: str = ""  # the interpreter on the nodes; empty: the one that submits
@@ -68,6 +71,10 @@ class ClusterSpec:
             yield "walltime", f"{self.walltime} is under a minute, SLURM's least", ""
         if self.grace * 2 > self.walltime:
             yield "grace", f"grace ({self.grace}) is more than half of walltime ({self.walltime})", ""
+        if self.cpus_per_gpu < 1:
+            yield "cpus_per_gpu", f"{self.cpus_per_gpu}: a rank needs at least one CPU", ""
+        if self.mem_gb_per_gpu < 0:
+            yield "mem_gb_per_gpu", f"{self.mem_gb_per_gpu} is below 0", "say 0 for the partition's default"
         if self.array_parallelism < 0:
             yield "array_parallelism", f"{self.array_parallelism} is below 0", "say 0 for no limit"
         for key in ("partition", "account", "qos", "constraint", "exclude", "gpu_type"):
@@ -80,7 +87,7 @@ class ClusterSpec:
 
 @dataclass(frozen=True)
 class WandbSpec:
-    mode: Literal["auto", "online", "offline", "disabled"] = "auto"  # auto: online with an account, else offline
+    mode: Literal["auto", "online", "offline", "disabled"] = "auto"  # auto: online with an account
     entity: str = ""
     project: str = "moe-vlm"
     tags: tuple[str, ...] = ()
@@ -120,6 +127,8 @@ class ExperimentSpec:
 
     def check(self) -> Iterator[Complaint]:
         """Faults that only the sections together show; `field` is a path from the top."""
+        if self.name and not re.fullmatch(r"\w[\w.+-]*(/\w[\w.+-]*)*", self.name):
+            yield "name", f"{self.name!r} cannot name a folder of runs", "use letters, digits and _ . + -"
         per_node = self.cluster.gpus_per_node
         if self.gpus < 1:
             yield "gpus", f"{self.gpus}: a run needs at least one rank", ""
@@ -149,11 +158,23 @@ class ExperimentSpec:
                     "",
                 )
             if self.train.zero == 3 and self.moe.expert_parallel > 1:
-                yield "train.zero", "DeepSpeed's ZeRO-3 has no expert parallelism", "say zero: 2, or expert_parallel: 1"
+                yield (
+                    "train.zero",
+                    "DeepSpeed's ZeRO-3 has no expert parallelism",
+                    "say zero: 2, or expert_parallel: 1",
+                )
         if stage.after and not self.init_from:
-            yield "init_from", f"stage {self.stage} starts from the handoff of stage {stage.after}", "name its experiment"
+            yield (
+                "init_from",
+                f"stage {self.stage} starts from the handoff of stage {stage.after}",
+                "name its experiment",
+            )
         if not stage.after and self.init_from:
-            yield "init_from", f"stage {self.stage} starts from the backbone's own weights", "leave init_from out"
+            yield (
+                "init_from",
+                f"stage {self.stage} starts from the backbone's own weights",
+                "leave init_from out",
+            )
         if stage.template and self.data.template != stage.template:
             yield "data.template", f"stage {self.stage} is trained with the template {stage.template}", ""
         if self.train.offload and self.train.zero == 0:

@@ -1,13 +1,14 @@
-"""What a model, its experts and their training are set to; standard library only, so that a login node can read it.
+"""What a model, its experts and their training are set to.
 
-Each section checks what it can check alone: `check()` yields `(field, what is wrong, hint)`.
-What only several sections together can know is checked in `launch/spec.py`.
+Standard library only, so that a login node can read it. Each section checks what it can check alone:
+`check()` yields `(field, what is wrong, hint)`. What only several together can know is checked in `launch/spec.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from typing import Literal
 
 Complaint = tuple[str, str, str]
@@ -19,7 +20,7 @@ class ModelSpec:
     weights: str = ""  # hub name or folder; empty: the row's own
     random: bool = False  # build from the config below and load nothing
     config: Mapping[str, object] = field(default_factory=dict)  # changes to the row's config
-    tokenizer: str = ""  # hub name or folder; "train:512" trains 512 tokens on the run's texts; empty: as weights
+    tokenizer: str = ""  # hub name, folder, or "train:512" (512 tokens, from the run's texts)
     tower: str = "clip-l-336"  # a row of moe.backbones.VISION
     tower_weights: str = ""
     tower_config: Mapping[str, object] = field(default_factory=dict)
@@ -27,10 +28,21 @@ class ModelSpec:
     attention: Literal["auto", "sdpa", "flash", "eager"] = "auto"
 
     def check(self) -> Iterator[Complaint]:
+        from moe.backbones import LANGUAGE, VISION  # which reads this file
+
+        for key, table in (("backbone", list(LANGUAGE)), ("tower", list(VISION))):
+            if (name := getattr(self, key)) not in table:
+                meant = get_close_matches(name, table, n=1)
+                hint = f"did you mean {meant[0]!r}?" if meant else "a new one is a row of moe/backbones.py"
+                yield key, f"{name!r} is none of {', '.join(table)}", hint
         if self.config and "vocab_size" in self.config and self.tokenizer.startswith("train:"):
             yield "config", "vocab_size is the trained tokenizer's", "leave it out"
         if self.tokenizer.startswith("train:") and not self.tokenizer[6:].isdigit():
-            yield "tokenizer", f"{self.tokenizer!r}: expected a number of tokens after 'train:'", "say train:512"
+            yield (
+                "tokenizer",
+                f"{self.tokenizer!r}: expected a number of tokens after 'train:'",
+                "say train:512",
+            )
         depth = self.projector.removeprefix("mlp").removesuffix("x_gelu")
         if self.projector != "linear" and not (
             depth.isdigit() and int(depth) > 0 and self.projector == f"mlp{depth}x_gelu"
@@ -65,7 +77,7 @@ class MoESpec:
         if not self.experts_per_layer or min(self.experts_per_layer) < 1:
             yield "experts", f"{self.experts}: a layer needs at least one expert", ""
             return
-        if not 1 <= self.top_k:
+        if self.top_k < 1:
             yield "top_k", f"{self.top_k}: a token needs at least one expert", ""
         if self.top_k > min(self.experts_per_layer):
             yield "top_k", f"top_k ({self.top_k}) is more than experts ({min(self.experts_per_layer)})", ""
@@ -84,7 +96,11 @@ class MoESpec:
             if getattr(self, key) < 0:
                 yield key, f"{getattr(self, key)} is below 0", ""
         if self.noise == "gumbel" and self.top_k != 2:
-            yield "noise", "gumbel noise is defined for the second of two choices; top_k is not 2", "say noise: none"
+            yield (
+                "noise",
+                "gumbel noise is defined for the second of two choices; top_k is not 2",
+                "say noise: none",
+            )
 
 
 @dataclass(frozen=True)
@@ -107,6 +123,11 @@ class OptimSpec:
             yield "warmup", f"{self.warmup} is no fraction of the steps", "say 0.03 for 3 %"
         if self.clip < 0:
             yield "clip", f"{self.clip} is below 0", "say 0 for no clipping"
+        for key in ("projector_lr", "weight_decay"):
+            if getattr(self, key) < 0:
+                yield key, f"{getattr(self, key)} is below 0", ""
+        if not self.eps > 0:
+            yield "eps", f"{self.eps} is not above 0", "say 1e-8"
         if not all(0 <= b < 1 for b in self.betas):
             yield "betas", f"{self.betas}: each must be in [0, 1)", ""
 
