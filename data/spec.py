@@ -16,9 +16,7 @@ Complaint = tuple[str, str, str]
 @dataclass(frozen=True)
 class DataSpec:
     root: str = "$DATA_ROOT"  # of image folders and annotations; variables are expanded on the node
-    mix: str | Mapping[str, float] = (
-        ""  # a group or dataset of data.catalog, a .json file, or these with weights
-    )
+    mix: str | Mapping[str, float] = ""  # groups or datasets of data.catalog, .json files, with weights
     held_out: str = ""  # annotation file under root, asked after the stage
     template: str = "v1"  # a row of data.conversation.TEMPLATES
     aspect: Literal["square", "pad"] = "pad"
@@ -39,7 +37,8 @@ class DataSpec:
             if name and name not in known and not name.endswith((".json", ".jsonl")):
                 meant = get_close_matches(name, known, n=1)
                 hint = f"did you mean {meant[0]!r}?" if meant else "your own files end in .json or .jsonl"
-                yield "mix", f"{name!r} is none of {', '.join(known)} and no .json file", hint
+                field = "mix" if isinstance(self.mix, str) else f"mix.{name}"
+                yield field, f"{name!r} is none of {', '.join(known)} and no .json file", hint
         if self.template not in TEMPLATES:
             meant = get_close_matches(self.template, list(TEMPLATES), n=1)
             hint = f"did you mean {meant[0]!r}?" if meant else ""
@@ -47,7 +46,7 @@ class DataSpec:
         if isinstance(self.mix, Mapping):
             for name, weight in self.mix.items():
                 if not weight > 0:
-                    yield "mix", f"{name}: weight {weight} is not above 0", "leave the dataset out"
+                    yield f"mix.{name}", f"weight {weight} is not above 0", "leave the dataset out"
         if self.max_length < 2:
             yield "max_length", f"{self.max_length}: a sequence needs at least 2 tokens", ""
         if self.workers < 0:

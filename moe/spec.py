@@ -1,7 +1,7 @@
 """What a model, its experts and their training are set to.
 
 Standard library only, so that a login node can read it. Each section checks what it can check alone:
-`check()` yields `(field, what is wrong, hint)`. What only several together can know is checked in `launch/spec.py`.
+`check()` yields `(field, what is wrong, hint)`. What only several can know is checked in `launch/spec.py`.
 """
 
 from __future__ import annotations
