@@ -80,7 +80,7 @@ def shorten(text: str) -> str:
 
 
 def near(word: str, choices: Iterable[str], cutoff: float = 0.6) -> str:
-    """The choice probably meant: equal but for case and hyphens, by initials (lr), or alike."""
+    """The choice probably meant: equal but for case and hyphens, by initials (lr), begun, or alike."""
 
     def bare(name: str) -> str:
         return re.sub(r"[\W_]", "", name).casefold()
@@ -94,6 +94,9 @@ def near(word: str, choices: Iterable[str], cutoff: float = 0.6) -> str:
             return choice
     for choice in choices:
         if initials(choice) == word.casefold() != "" or (len(choice) > 1 and initials(word) == choice):
+            return choice
+    for choice in choices:
+        if len(word) > 3 and bare(choice).startswith(bare(word)):
             return choice
     folded = {choice.casefold(): choice for choice in choices}
     found = get_close_matches(word.casefold(), folded, n=1, cutoff=cutoff)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from functools import cache
 from types import UnionType
@@ -83,8 +83,9 @@ def core(node: Node) -> Any:
 class Typed:
     """Reads a tree into a dataclass and collects faults; one not `complete` may lack what is required."""
 
-    def __init__(self, cls: type, faults: list[Fault], complete: bool) -> None:
+    def __init__(self, cls: type, faults: list[Fault], complete: bool, beside: Iterable[str] = ()) -> None:
         self.cls, self.faults, self.complete = cls, faults, complete
+        self.beside = list(beside)  # top-level keys that are read elsewhere, and may be misspelt too
 
     def read(self, root: Node) -> Any:
         """An instance of the class, or FAILED."""
@@ -110,10 +111,9 @@ class Typed:
         """A dataclass from a mapping; `above` is told where the section itself is not written."""
         if not isinstance(node.value, dict):
             return self.wrong(cls, node, path)
-        types, given, sound = types_of(cls), {}, True
-        for key, child in node.value.items():
-            if key not in types:
-                sound = self.unknown(cls, path, key, child.key or child.place)
+        types, given = types_of(cls), {}
+        meant = {self.unknown(cls, path, key, child) for key, child in node.value.items() if key not in types}
+        sound = not meant
         for field in fields(cls):
             where, hint = join(path, field.name), types[field.name]
             has_default = field.default is not MISSING or field.default_factory is not MISSING
@@ -131,7 +131,7 @@ class Typed:
                     sound = False
             elif not has_default:
                 sound = False
-                if self.complete:
+                if self.complete and field.name not in meant:
                     self.tell(node.key or above, f"{where}: missing", f"it is {words(hint)}")
         if not sound:
             return FAILED
@@ -151,9 +151,9 @@ class Typed:
                 self.tell(place, message, advice)
         return instance
 
-    def unknown(self, cls: type, path: str, key: str, place: Place) -> bool:
-        """Tell of a key that is no field, and of the one that was probably meant, here or elsewhere."""
-        here = list(types_of(cls))
+    def unknown(self, cls: type, path: str, key: str, node: Node) -> str:
+        """Tell of a key that is no field; returns the one that was probably meant, if it is here."""
+        here = [*types_of(cls), *(self.beside if not path else ())]
         elsewhere = [found for found in all_paths(self.cls) if found.rpartition(".")[2] == key]
         if "." in key and key in all_paths(self.cls):
             hint = f"in a file, write it as {key.replace('.', ': {')}: ...{'}' * key.count('.')}"
@@ -161,8 +161,8 @@ class Typed:
             hint = f"did you mean {elsewhere[0]!r}?"
         else:
             hint = did_you_mean(key, here, f"{path or 'the top level'} has {', '.join(here)}")
-        self.tell(place, f"{join(path, key)}: no such setting", hint)
-        return False
+        self.tell(node.key or node.place, f"{join(path, key)}: no such setting", hint)
+        return near(key, here)
 
     def value(self, hint: Any, node: Node, path: str) -> Any:
         """A field's value, or FAILED."""
@@ -215,9 +215,10 @@ class Typed:
         if hint is float:
             if FLOAT.fullmatch(text) and math.isfinite(float(text)):
                 return float(text)
-            percent = re.fullmatch(r"([0-9.]+)\s*%", text)
-            share = percent and FLOAT.fullmatch(percent[1])
-            return self.wrong(hint, node, path, f"write {float(share[0]) / 100:g}" if share else "")
+            bare, unit = text.rstrip(" ,;%"), text.endswith("%")
+            if not FLOAT.fullmatch(bare) or bare == text:
+                return self.wrong(hint, node, path)
+            return self.wrong(hint, node, path, f"write {float(bare) / 100:g}" if unit else f"write {bare}")
         raise TypeError(f"{path}: a spec cannot have fields of type {hint}")
 
     def union(self, hint: Any, node: Node, path: str) -> Any:

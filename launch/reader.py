@@ -145,8 +145,8 @@ class Files:
 class Layers:
     """The composed tree of one experiment; every value knows the place that set it."""
 
-    def __init__(self, root: Node, files: Files) -> None:
-        self._root, self._files = root, files
+    def __init__(self, root: Node, files: Files, taken: tuple[str, ...] = ("inherits",)) -> None:
+        self._root, self._files, self._taken = root, files, taken
 
     @classmethod
     def read(
@@ -180,6 +180,7 @@ class Layers:
         entries = dict(self._root.entries)
         node = entries.pop(key, None)
         self._root = Node(self._root.place, entries)
+        self._taken = (*self._taken, key)
         return node
 
     def override(self, changes: Sequence[str | Override]) -> Layers:
@@ -197,7 +198,7 @@ class Layers:
             for part in reversed(path.split(".")):
                 node = Node(node.place, {part: node}, node.key)
             root = merge(root, files.resolve(Node(root.place, node.value)))
-        return Layers(root, files)
+        return Layers(root, files, self._taken)
 
     def expand(self, sweep: Node, name: str = "sweep") -> list[tuple[str, list[Override]]]:
         """The points of a sweep, its last axis fastest: a name, `lr=2e-5,top_k=1`, and overrides for each.
@@ -231,7 +232,7 @@ class Layers:
     def build(self, cls: type[T]) -> T:
         """An instance of a frozen dataclass; SpecError with every fault of the text and of the values."""
         faults = list(self._files.faults)
-        instance: T = Typed(cls, faults, complete=not self._files.broken).read(self._root)
+        instance: T = Typed(cls, faults, not self._files.broken, self._taken).read(self._root)
         if faults:
             rank = {name: n for n, name in enumerate(self._files.names)}
             raise SpecError(

@@ -133,8 +133,13 @@ class ExperimentSpec:
         if self.gpus < 1:
             yield "gpus", f"{self.gpus}: a run needs at least one rank", ""
             return
+        below = self.gpus // per_node * per_node
         if self.gpus > per_node and self.gpus % per_node:
-            yield "gpus", f"gpus ({self.gpus}) does not fill nodes of {per_node} ({self.cluster.name})", ""
+            yield (
+                "gpus",
+                f"gpus ({self.gpus}) does not fill nodes of {per_node} ({self.cluster.name})",
+                f"say {below} or {below + per_node}",
+            )
         if self.cluster.executor == "local" and self.gpus > per_node:
             yield (
                 "gpus",
@@ -143,11 +148,16 @@ class ExperimentSpec:
             )
         batch = self.train.micro_batch * self.gpus
         if self.train.global_batch % batch:
+            whole = self.train.global_batch // batch * batch
+            least = min(self.train.micro_batch, 1024)
+            fits = [n for n in range(least, 0, -1) if self.train.global_batch % (n * self.gpus) == 0]
             yield (
                 "train.global_batch",
                 f"train.global_batch ({self.train.global_batch}) must be a multiple of micro_batch x gpus "
                 f"({self.train.micro_batch} x {self.gpus} = {batch})",
-                "",
+                f"train.micro_batch={fits[0]} would fit"
+                if fits
+                else f"say {f'{whole} or ' * bool(whole)}{whole + batch}",
             )
         stage = STAGES[self.stage]
         if stage.sparse:
@@ -155,7 +165,7 @@ class ExperimentSpec:
                 yield (
                     "moe.expert_parallel",
                     f"expert_parallel ({self.moe.expert_parallel}) must divide gpus ({self.gpus})",
-                    "",
+                    f"it may be {', '.join(map(str, self.moe.expert_parallel_choices(self.gpus)))}",
                 )
             if self.train.zero == 3 and self.moe.expert_parallel > 1:
                 yield (

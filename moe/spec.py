@@ -73,25 +73,36 @@ class MoESpec:
         """The numbers of experts named, one where all layers share it."""
         return (self.experts,) if isinstance(self.experts, int) else self.experts
 
+    def expert_parallel_choices(self, ranks: int = 0) -> list[int]:
+        """What expert_parallel may be, on a number of ranks (0: on any), up to 64."""
+        numbers = (*self.experts_per_layer, ranks)
+        return [n for n in range(1, 65) if not any(number % n for number in numbers)]
+
     def check(self) -> Iterator[Complaint]:
         if not self.experts_per_layer or min(self.experts_per_layer) < 1:
             yield "experts", f"{self.experts}: a layer needs at least one expert", ""
             return
         if self.top_k < 1:
             yield "top_k", f"{self.top_k}: a token needs at least one expert", ""
-        if self.top_k > min(self.experts_per_layer):
-            yield "top_k", f"top_k ({self.top_k}) is more than experts ({min(self.experts_per_layer)})", ""
+        if self.top_k > (fewest := min(self.experts_per_layer)):
+            yield "top_k", f"top_k ({self.top_k}) is more than experts ({fewest})", f"at most {fewest}"
         if self.expert_parallel < 1:
             yield "expert_parallel", f"{self.expert_parallel}: at least one rank holds the experts", ""
         elif any(n % self.expert_parallel for n in self.experts_per_layer):
             yield (
                 "experts",
                 f"experts ({self.experts}) must be a multiple of expert_parallel ({self.expert_parallel})",
-                "",
+                f"expert_parallel may be {', '.join(map(str, self.expert_parallel_choices()))}",
             )
         names = ("first_half", "second_half", "sparse", "dense")
         if isinstance(self.layers, str) and self.layers not in names:
-            yield "layers", f"{self.layers!r} is none of {', '.join(names)} and no list of layer numbers", ""
+            meant = get_close_matches(self.layers, names, n=1)
+            hint = f"did you mean {meant[0]!r}?" if meant else ""
+            yield (
+                "layers",
+                f"{self.layers!r} is none of {', '.join(names)} and no list of layer numbers",
+                hint,
+            )
         for key in ("capacity_factor", "eval_capacity_factor", "min_capacity", "aux_loss", "z_loss"):
             if getattr(self, key) < 0:
                 yield key, f"{getattr(self, key)} is below 0", ""
