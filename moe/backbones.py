@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -358,7 +359,7 @@ def language_config(model_type: str, values: Mapping[str, object]) -> Any:
     known = dict(values)
     rope = {k: known.pop(k) for k in ("rope_theta", "partial_rotary_factor") if k in known}
     if rope:
-        known["rope_parameters"] = {"rope_type": "default", **rope}
+        known.setdefault("rope_parameters", {"rope_type": "default", **rope})
     try:
         return AutoConfig.for_model(model_type, **known)
     except (TypeError, ValueError) as wrong:
@@ -417,6 +418,15 @@ def _random(build: Callable[[], Any], seed: int) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return build()
+
+
+@contextmanager
+def unfilled() -> Iterator[None]:
+    """Models built inside are not initialised: their weights are about to be read."""
+    from transformers.initialization import no_init_weights
+
+    with no_init_weights():
+        yield
 
 
 def _causal(config: Any, implementation: str, dtype: Any) -> Any:
@@ -494,7 +504,8 @@ def tensors(folder: Path) -> Iterator[tuple[str, Any]]:
     import torch
     from safetensors import safe_open
 
-    shards = sorted(folder.glob("*.safetensors"))
+    # Other files may lie beside them: transformers' own names come first.
+    shards = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("*.safetensors"))
     if not shards:
         shards = sorted(folder.glob("pytorch_model*.bin")) or sorted(folder.glob("mm_projector.bin"))
     if not shards:

@@ -177,7 +177,8 @@ class VLM(nn.Module):
             reports = traffic.in_order()
             whole = self.training and self.moe.rules == "default" and self.groups.world > 1
             output.aux_losses = balance(reports, self.groups if whole else None)
-            if self.moe.rules == "moe_llava":
+            if self.moe.rules == "moe_llava" and self.training and self.language.is_gradient_checkpointing:
+                # The reference loses this gradient to re-entrant checkpointing, which it always trains with.
                 output.aux_losses = [loss.detach() for loss in output.aux_losses]
             output.expert_counts = [report.counts_E for report in reports]
             output.dropped = [report.dropped for report in reports]
