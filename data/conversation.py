@@ -9,11 +9,11 @@ lose the sample.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from data.offsets import tokenized
+from data.offsets import Tokens, tokenized, tokenized_many
 
 IMAGE_ID = -200  # stands in input_ids for the patches of one image
 IGNORED = -100  # a label that is not learnt
@@ -84,7 +84,46 @@ def encode(conversations: Conversation, tokenizer: Any, template: str, has_image
     Raises ConversationError where the reference raises and then takes a random other sample.
     """
     text, spans = _render(conversations, tokenizer, _template(template), has_image)
-    ids, starts = _tokens(text, spans, tokenizer, template, has_image)
+    return _encoded(text, spans, _tokens(text, spans, tokenizer, template, has_image))
+
+
+def encode_many(
+    batch: Sequence[tuple[Conversation, bool]], tokenizer: Any, template: str
+) -> list[Encoded | ConversationError]:
+    """As `encode` of each (conversations, has_image), on all cores where the tokenizer can."""
+    chosen = _template(template)
+    results: list[Encoded | ConversationError] = []
+    if not getattr(tokenizer, "is_fast", False):
+        for conversations, has_image in batch:
+            try:
+                results.append(encode(conversations, tokenizer, template, has_image))
+            except ConversationError as error:
+                results.append(error)
+        return results
+    texts: list[tuple[str, list[Span], bool] | ConversationError] = []
+    for conversations, has_image in batch:
+        try:
+            texts.append((*_render(conversations, tokenizer, chosen, has_image), has_image))
+        except ConversationError as error:
+            texts.append(error)
+    wanted: dict[str, None] = {}  # most samples with an image start alike
+    for text in texts:
+        if not isinstance(text, ConversationError):
+            wanted.update(dict.fromkeys(_chunks(text[0], text[2])))
+    known = dict(zip(wanted, tokenized_many(tokenizer, list(wanted), chosen.style != "chat"), strict=True))
+    for text in texts:
+        if isinstance(text, ConversationError):
+            results.append(text)
+        else:
+            chunks = _chunks(text[0], text[2])
+            results.append(
+                _encoded(text[0], text[1], _joined(chunks, map(known.__getitem__, chunks), tokenizer, chosen))
+            )
+    return results
+
+
+def _encoded(text: str, spans: Sequence[Span], tokens: Tokens) -> Encoded:
+    ids, starts = tokens
     labels = [IGNORED] * len(ids)
     ends: list[int] = []
     for first, last in spans:
@@ -210,24 +249,35 @@ def _chat(turns: list[tuple[str, str]], tokenizer: Any, ask: bool) -> tuple[str,
     return text, spans
 
 
-def _tokens(
-    text: str, spans: Sequence[Span], tokenizer: Any, template: str, has_image: bool
-) -> tuple[list[int], list[int]]:
+def _chunks(text: str, has_image: bool) -> list[str]:
+    return text.split(IMAGE) if has_image else [text]
+
+
+def _tokens(text: str, spans: Sequence[Span], tokenizer: Any, template: str, has_image: bool) -> Tokens:
     """Ids and first characters; chunks between images are tokenised alone, as the reference does."""
-    special = TEMPLATES[template].style != "chat"  # a chat template writes its own BOS
+    chosen = TEMPLATES[template]
+    chunks = _chunks(text, has_image)
+    base, pieces = 0, []
+    for chunk in chunks:
+        places = [place - base for span in spans for place in span]
+        pieces.append(tokenized(tokenizer, chunk, chosen.style != "chat", places))
+        base += len(chunk) + len(IMAGE)
+    return _joined(chunks, pieces, tokenizer, chosen)
+
+
+def _joined(chunks: Sequence[str], pieces: Iterable[Tokens], tokenizer: Any, template: Template) -> Tokens:
     ids: list[int] = []
     starts: list[int] = []
     base, bos = 0, False
-    for number, chunk in enumerate(text.split(IMAGE) if has_image else [text]):
+    for number, (chunk, (more, at)) in enumerate(zip(chunks, pieces, strict=True)):
         if number:
             ids.append(IMAGE_ID)
             starts.append(base)
             base += len(IMAGE)
-        places = [place - base for span in spans for place in span]
-        more, at = tokenized(tokenizer, chunk, special, places)
-        if number == 0:
-            bos = special and bool(more) and more[0] == tokenizer.bos_token_id
-        # Each chunk gets a BOS of its own where the tokenizer adds one; only the first one stays.
+        else:
+            # A chat template writes its own BOS. Else each chunk gets one where the tokenizer adds it; only
+            # the first stays.
+            bos = template.style != "chat" and bool(more) and more[0] == tokenizer.bos_token_id
         skip = 1 if number and bos else 0
         ids += more[skip:]
         starts += [base + start for start in at[skip:]]

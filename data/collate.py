@@ -1,0 +1,49 @@
+"""Samples to a micro-batch, and an over-long sample to one that fits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.conversation import IGNORED, IMAGE_ID
+from data.index import Row
+
+
+def spliced(ids: np.ndarray, patches: int) -> int:
+    """Tokens of a sequence once each image has become its patches."""
+    return len(ids) + int((ids == IMAGE_ID).sum()) * (patches - 1)
+
+
+def cut(row: Row, patches: int, longest: int) -> Row:
+    """A row of at most `longest` tokens, image patches included; the same object when it fits.
+
+    It ends after the last answer that fits whole. When not even the first does, that answer is cut, but never
+    inside an image; images after the cut are dropped with their text.
+    """
+    ends = np.cumsum(np.where(row.input_ids == IMAGE_ID, patches, 1))
+    if ends[-1] <= longest:
+        return row
+    fitting = [end for end in row.ends if ends[end - 1] <= longest]
+    stop = fitting[-1] if fitting else int(np.searchsorted(ends, longest, side="right"))
+    ids = row.input_ids[:stop]
+    return Row(ids, row.labels[:stop], fitting, row.images[: int((ids == IMAGE_ID).sum())])
+
+
+def collate(rows: Sequence[Row], pixel_values: Tensor, pad: int) -> dict[str, Tensor]:
+    """Rows, padded on the right, and their pictures [N, 3, H, W] in the order of the placeholders.
+
+    Unlike the reference's, the mask does not hide a pad token that is part of a text.
+    """
+    longest = max(len(row.input_ids) for row in rows)
+    input_ids = torch.full((len(rows), longest), pad, dtype=torch.int64)
+    labels = torch.full((len(rows), longest), IGNORED, dtype=torch.int64)
+    mask = torch.zeros((len(rows), longest), dtype=torch.bool)
+    for at, row in enumerate(rows):
+        count = len(row.input_ids)
+        input_ids[at, :count] = torch.from_numpy(row.input_ids)
+        labels[at, :count] = torch.from_numpy(row.labels)
+        mask[at, :count] = True
+    return {"input_ids": input_ids, "labels": labels, "attention_mask": mask, "pixel_values": pixel_values}

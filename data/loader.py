@@ -1,0 +1,353 @@
+"""Steps of micro-batches for one rank, loaded ahead by threads, resumable to the sample.
+
+Pillow, NumPy and torch let other threads run while they decode and scale, and texts come tokenised from the
+index: so threads do what processes would, without copying pictures between them. The state is what the
+consumer has taken, whatever was loaded ahead.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import deque
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.catalog import CatalogError, annotation_path, resolve
+from data.collate import collate, cut, spliced
+from data.conversation import tokenizer_faults
+from data.images import ImageError, ImageFormat, load
+from data.index import Row, fingerprint, open_index, pictures
+from data.mixture import Mixture, Source, Stream
+from data.records import RecordError, stream
+from data.spec import DataSpec
+
+AHEAD = 2  # steps that are loaded while one trains
+TRIES = 64  # substitutes tried for a sample that cannot be read
+TOLD = 20  # faults written out in an error
+
+log = logging.getLogger(__name__)
+
+
+class DataError(ValueError):
+    """Data that a run cannot train on; the message says what, where and what to do."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """A held-out question: turns up to the one to answer, and the answer that is expected."""
+
+    image_paths: tuple[Path, ...]
+    conversations: list[dict[str, str]]
+    answer: str
+    dataset: str
+
+
+@dataclass
+class _Job:
+    """A sample on its way: `pixels` is its part of the micro-batch's pictures."""
+
+    sample: int
+    row: Row
+    pixels: Tensor
+    future: Future[None] | None = None
+    replaced: list[str] = field(default_factory=list)
+
+
+@dataclass
+class _Batch:
+    """A micro-batch on its way: its pictures [N, 3, H, W] and its samples."""
+
+    pixels: Tensor
+    jobs: list[_Job]
+
+
+class Loader:
+    """This rank's micro-batches. The order of all ranks' samples depends on the spec and the seed alone.
+
+    A sample whose pictures cannot be read is replaced by another one with as many pictures, chosen by the
+    seed; each rank counts its own, and over `spec.bad_samples` it stops with their list. Records that the
+    index found untrainable are left out and count too. Raises DataError, in words, for whatever the data
+    lack.
+    """
+
+    def __init__(
+        self,
+        spec: DataSpec,
+        tokenizer: Any,
+        image: ImageFormat,
+        patches: int,
+        *,
+        micro_batch: int,
+        accumulation: int,
+        rank: int,
+        world: int,
+        seed: int,
+    ) -> None:
+        if faults := tokenizer_faults(tokenizer, spec.template):
+            raise DataError(f"the tokenizer does not suit template {spec.template}: " + "; ".join(faults))
+        self._spec, self._image, self._patches = spec, image, patches
+        self._pad = int(tokenizer.pad_token_id)
+        self._micro_batch, self._accumulation = micro_batch, accumulation
+        self._rank, self._world, self._seed = rank, world, seed
+        self._size = micro_batch * accumulation * world
+        self._root = _root(spec)
+        self._mixture = Mixture(_sources(spec, self._root, tokenizer), patches, spec.max_length)
+        self._dropped = self._faults()
+        if len(self._dropped) > spec.bad_samples:
+            raise DataError(self._over(self._dropped))
+        if self._mixture.samples == 0:
+            raise DataError(f"the mix {spec.mix!r} has no samples")
+        self._stream = Stream(self._mixture, spec.group_by, self._size, accumulation * world, seed)
+        self._pool = ThreadPoolExecutor(spec.workers, thread_name_prefix="data") if spec.workers else None
+        self._step = 0
+        self._replaced: list[str] = []
+        self._earlier = 0  # replaced before this attempt
+        self._tokens = self._slots = 0
+
+    @property
+    def samples(self) -> int:
+        """Samples of an epoch, over all ranks."""
+        return self._mixture.samples
+
+    def steps(self) -> Iterator[list[dict[str, Tensor]]]:
+        """Each optimizer step's micro-batches, from the state's position on; endless."""
+        waiting: deque[list[_Batch]] = deque()
+        try:
+            while True:
+                while len(waiting) <= (AHEAD if self._pool else 0):
+                    waiting.append(self._start(self._step + len(waiting)))
+                batches = [self._finish(batch) for batch in waiting.popleft()]
+                self._step += 1
+                yield batches
+        finally:
+            for job in (job for step in waiting for batch in step for job in batch.jobs):
+                if job.future:
+                    job.future.cancel()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position after the last step that was taken."""
+        return {
+            "step": self._step,
+            "seed": self._seed,
+            "step_samples": self._size,
+            "epoch_samples": self.samples,
+            "replaced": self._earlier + len(self._replaced),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state, on as many ranks as there are now; call it before `steps`."""
+        for key, mine in (
+            ("seed", self._seed),
+            ("step_samples", self._size),
+            ("epoch_samples", self.samples),
+        ):
+            if state[key] != mine:
+                raise DataError(
+                    f"the checkpoint's data stream has {key} {state[key]}, this run has {mine}: it would "
+                    "not be "
+                    "the same stream; keep seed, data and global batch, or start a new run"
+                )
+        self._step, self._earlier = int(state["step"]), int(state["replaced"])
+
+    def report(self) -> dict[str, Any]:
+        """Counts so far, of this rank; `padding` is the share of empty slots, image patches counted."""
+        return {
+            "samples": self.samples,
+            "sources": {
+                source.name: draws
+                for source, draws in zip(self._mixture.sources, self._mixture.draws, strict=True)
+            },
+            "step": self._step,
+            "epoch": self._step * self._size / self.samples,
+            "cut": self._mixture.overlong,
+            "dropped": len(self._dropped),
+            "replaced": list(self._replaced),
+            "replaced_count": self._earlier + len(self._replaced),
+            "padding": 1 - self._tokens / self._slots if self._slots else 0.0,
+        }
+
+    def close(self) -> None:
+        """Stop the threads."""
+        if self._pool:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def _start(self, step: int) -> list[_Batch]:
+        """Set this rank's micro-batches of a step going."""
+        samples = self._stream.step(step)
+        batches = []
+        for turn in range(self._accumulation):
+            # Micro-batches are dealt to the ranks in turn, as the reference's sampler shards them.
+            first = (turn * self._world + self._rank) * self._micro_batch
+            own = samples[first : first + self._micro_batch]
+            rows = [self._row(sample) for sample in own]
+            counts = [len(row.images) for row in rows]
+            pixels = torch.empty((sum(counts), 3, self._image.size, self._image.size), dtype=torch.float32)
+            parts = torch.split(pixels, counts)
+            jobs = [_Job(sample, row, part) for sample, row, part in zip(own, rows, parts, strict=True)]
+            for job in jobs:
+                if self._pool and job.row.images:
+                    job.future = self._pool.submit(self._read, job)
+            batches.append(_Batch(pixels, jobs))
+        return batches
+
+    def _finish(self, batch: _Batch) -> dict[str, Tensor]:
+        for job in batch.jobs:
+            if job.future:
+                job.future.result()
+            elif job.row.images:
+                self._read(job)
+            for why in job.replaced:
+                log.warning("replaced a sample: %s", why)
+            self._replaced += job.replaced
+        if (
+            self._replaced
+            and self._earlier + len(self._replaced) + len(self._dropped) > self._spec.bad_samples
+        ):
+            raise DataError(self._over([*self._dropped, *self._replaced]))
+        rows = [job.row for job in batch.jobs]
+        lengths = [spliced(row.input_ids, self._patches) for row in rows]
+        self._tokens += sum(lengths)
+        self._slots += max(lengths) * len(lengths)
+        return collate(rows, batch.pixels, self._pad)
+
+    def _row(self, sample: int) -> Row:
+        place = self._mixture.place(sample)
+        row = self._mixture.sources[place.source].index.row(place.record)
+        return cut(row, self._patches, self._spec.max_length)
+
+    def _read(self, job: _Job) -> None:
+        """Load a sample's pictures, or those of one in its place."""
+        sample, row = job.sample, job.row
+        for attempt in range(TRIES):
+            try:
+                for at, path in enumerate(row.images):
+                    job.pixels[at] = self._picture(sample, path)
+            except ImageError as error:
+                job.replaced.append(f"{self._name(sample)}: {error}")
+                sample, row = self._substitute(job, attempt)
+            else:
+                job.row = row
+                return
+        raise DataError(
+            f"{TRIES} samples in a row have pictures that cannot be read; is data.root {self._root} the "
+            "folder "
+            "that the paths start from? The first: " + job.replaced[0]
+        )
+
+    def _picture(self, sample: int, path: str) -> Tensor:
+        try:
+            return load(self._root / path, self._image, self._spec.aspect)
+        except ImageError:
+            # A user's own file may give paths from where it lies.
+            source = self._mixture.sources[self._mixture.place(sample).source]
+            beside = source.index.annotation.parent / path
+            if (self._root / path).exists() or not beside.exists():
+                raise
+            return load(beside, self._image, self._spec.aspect)
+
+    def _substitute(self, job: _Job, attempt: int) -> tuple[int, Row]:
+        """Another sample with as many pictures; which one, the seed and the broken sample decide."""
+        chance = np.random.default_rng([self._seed, 6, job.sample, attempt])
+        for _ in range(10_000):
+            sample = int(chance.integers(self._mixture.starts[-1]))
+            row = self._row(sample)
+            if len(row.images) == len(job.row.images):
+                return sample, row
+        raise DataError(f"nothing can replace {job.replaced[-1]}: no other sample has as many pictures")
+
+    def _name(self, sample: int) -> str:
+        place = self._mixture.place(sample)
+        return f"{self._mixture.sources[place.source].index.annotation}, record {place.record}"
+
+    def _faults(self) -> list[str]:
+        """What the indexes found untrainable, in words."""
+        told = []
+        for source, long in zip(self._mixture.sources, self._mixture.too_long, strict=True):
+            annotation = source.index.annotation
+            for fault in source.index.faults():
+                told.append(f"{annotation}, record {fault.record} (id {fault.id or 'none'}): {fault.why}")
+            for record in long:
+                told.append(
+                    f"{annotation}, record {record}: its question alone fills max_length "
+                    f"{self._spec.max_length}"
+                )
+        return told
+
+    def _over(self, faults: list[str]) -> str:
+        more = f"\n  and {len(faults) - TOLD} more" if len(faults) > TOLD else ""
+        return (
+            f"{self._earlier + len(faults)} samples cannot be used, and data.bad_samples allows "
+            f"{self._spec.bad_samples}:\n  " + "\n  ".join(faults[:TOLD]) + more + "\n"
+            "`python data/prepare.py check` lists them all and --fix writes files without them"
+        )
+
+
+def texts(spec: DataSpec) -> Iterator[str]:
+    """Each turn's text of a mix, in the order of the files: what a tokenizer is trained on."""
+    for annotation in _annotations(spec, _root(spec)):
+        for record in stream(annotation[1]):
+            if isinstance(record.value, dict):
+                for turn in record.value.get("conversations") or []:
+                    if isinstance(turn, dict) and isinstance(turn.get("value"), str):
+                        yield turn["value"]
+
+
+def held_out(spec: DataSpec) -> list[Question]:
+    """The held-out questions: of each record all turns before its last answer."""
+    root = _root(spec)
+    try:
+        path = annotation_path(root, spec.held_out)
+        questions = []
+        for record in stream(path):
+            turns = record.value.get("conversations", [])
+            last = max((at for at, turn in enumerate(turns) if turn["from"] == "gpt"), default=0)
+            if not last:
+                raise DataError(
+                    f"{path}, record {record.number}: a held-out record needs a question and an answer"
+                )
+            images = tuple(root / image for image in pictures(record.value))
+            dataset = str(record.value.get("dataset", path.stem))
+            questions.append(Question(images, turns[:last], turns[last]["value"], dataset))
+    except (CatalogError, RecordError) as error:
+        raise DataError(str(error)) from None
+    return questions
+
+
+def _root(spec: DataSpec) -> Path:
+    root = os.path.expanduser(os.path.expandvars(spec.root))
+    if "$" in root:
+        raise DataError(
+            f"data.root is {spec.root}, and that variable is not set here: export it, or name a folder"
+        )
+    if not Path(root).is_dir():
+        raise DataError(f"data.root: there is no folder {root} on this machine")
+    return Path(root)
+
+
+def _annotations(spec: DataSpec, root: Path) -> list[tuple[str, Path, float]]:
+    try:
+        return [
+            (dataset.name, annotation_path(root, dataset.annotation), weight)
+            for dataset, weight in resolve(spec.mix)
+        ]
+    except CatalogError as error:
+        raise DataError(str(error)) from None
+
+
+def _sources(spec: DataSpec, root: Path, tokenizer: Any) -> list[Source]:
+    key = fingerprint(tokenizer, spec.template)
+    sources = []
+    for name, path, weight in _annotations(spec, root):
+        try:
+            sources.append(Source(name, open_index(path, tokenizer, spec.template, key=key), weight))
+        except (RecordError, OSError) as error:
+            raise DataError(str(error)) from None
+    return sources
