@@ -73,7 +73,7 @@ def load_moe_llava(
     """A MoE-LLaVA checkpoint folder as our model, on the CPU.
 
     Stage 1 (`mm_projector.bin` alone; the language model comes from `language` or the name the config
-    gives), stage 2 (dense) or stage 3 (experts; each rank of an expert group keeps its own). `tower`: a folder
+    gives), stage 2 (dense) or stage 3 (experts; each rank keeps its own). `tower`: a folder
     or hub name, where the config's own name for it is not one. LoRA must have been merged. Raises
     InterchangeError or BackboneError, in words.
     """
