@@ -113,11 +113,16 @@ class Reader:
     """Reads on from where it stopped, as the file grows: iterate again for the rows written since."""
 
     def __init__(self, path: Path, after: int = 0) -> None:
-        self.path, self.step, self._offset = path, after, 0
+        self.path, self.step, self._offset, self._inode = path, after, 0, -1
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         try:
             with self.path.open("rb") as file:
+                if (inode := os.fstat(file.fileno()).st_ino) != self._inode:
+                    self._inode, self._offset = (
+                        inode,
+                        0,
+                    )  # replaced: the steps seen keep rows from coming twice
                 file.seek(self._offset)
                 for line in file:
                     if not line.endswith(b"\n"):

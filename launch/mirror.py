@@ -23,6 +23,7 @@ from urllib.parse import urlparse
 from launch import tracking
 from launch.metrics import Reader
 from launch.record import read_json, read_lines, write_json
+from launch.sync import Lock
 
 TICK_SECONDS = 1.0
 BEAT_SECONDS = 5.0
@@ -44,8 +45,8 @@ class Mirror:
         self.job: dict[str, Any] = job
         self.session: tracking.Session | None = None
         self.reader = Reader(folder / "metrics.jsonl")
-        self.state: dict[str, Any] = {"pid": os.getpid(), "host": socket.gethostname(), "closed": False}
-        self.state |= {"segments": [], "held": {}, "outcome": ""}
+        self.state: dict[str, Any] = {"attempt": attempt, "pid": os.getpid(), "host": socket.gethostname()}
+        self.state |= {"segments": [], "held": {}, "outcome": "", "closed": False}
         self._held_here: set[str] = set()
         self._next_try = self._next_check = self._next_beat = 0.0
         self._reached = -1  # the step the server should have by the next check
@@ -127,7 +128,7 @@ class Mirror:
         self._next_check = time.monotonic() + CHECK_SECONDS
         expected, self._reached = self._reached, self.session.step
         try:
-            there = tracking.server_step(self.job)
+            there = tracking.ask(self.job).step
         except Exception as error:
             self.say(f"no answer to a check: {type(error).__name__}: {error}")
             return
@@ -143,8 +144,18 @@ class Mirror:
                 assert self.session is not None
                 session, self.session = self.session, None
                 session.finish(outcome)
-                if not session.online or tracking.server_step(self.job) >= session.step:
+                # A preempted attempt is in a hurry, and the next one sends what is missing.
+                if (
+                    not session.online
+                    or outcome == "preempted"
+                    or tracking.ask(self.job).step >= session.step
+                ):
                     self.state["delivered"] = session.online
+                    if session.online:
+                        held = self.state["held"]
+                        self.state["held"] = {
+                            k: "server" if v == session.segment else v for k, v in held.items()
+                        }
                     break
                 self.say("the server has not taken all rows; sending them again")
                 tracking.close()
@@ -164,6 +175,8 @@ class Mirror:
             self.say(f"{type(error).__name__}: {error}")
 
     def may_be_online(self) -> bool:
+        if Lock.held(self.folder):
+            return False  # the syncer is writing to this run: offline is never wrong
         mode = self.job["mode"]
         if mode == "auto" and os.environ.get("WANDB_MODE") in ("offline", "dryrun"):
             return False

@@ -23,7 +23,8 @@ _VALUE = re.compile(
     r"|-----BEGIN [A-Z ]*PRIVATE KEY-----[\s\S]*?(?:-----END [A-Z ]*PRIVATE KEY-----|$)"
 )
 _URL = re.compile(r"(?<=://)[^/\s:@]*:[^/\s@]+(?=@)")
-_ASSIGNMENT = re.compile(r"([A-Za-z_][A-Za-z0-9_.-]*)(\s*[=:]\s*|\s+)(\"[^\"]*\"|'[^']*'|[^\s;&|]+)")
+_ASSIGNMENT = re.compile(r"([A-Za-z_][\w.-]*)(\s*[=:]\s*)(\"[^\"]*\"|'[^']*'|[^\s;&|]+)")
+_OPTION = re.compile(r"(--?[A-Za-z][\w.-]*)(\s+)(\"[^\"]*\"|'[^']*'|[^\s;&|-][^\s;&|]*)")
 _BEARER = re.compile(r"(?i)(bearer|basic)(\s+)[\w.~+/=-]{8,}")
 
 
@@ -62,9 +63,8 @@ def redact_text(text: str, known: tuple[str, ...] = ()) -> str:
         text = text.replace(secret, HIDDEN)
     text = _URL.sub(HIDDEN, _VALUE.sub(HIDDEN, text))
     text = _BEARER.sub(lambda match: match[1] + match[2] + HIDDEN, text)
-    return _ASSIGNMENT.sub(
-        lambda match: (
-            match[1] + match[2] + HIDDEN if secret_name(match[1]) and match[2].strip() else match[0]
-        ),
-        text,
-    )
+    return _ASSIGNMENT.sub(_hide, _OPTION.sub(_hide, text))
+
+
+def _hide(match: re.Match[str]) -> str:
+    return match[1] + match[2] + HIDDEN if secret_name(match[1]) else match[0]

@@ -1,9 +1,9 @@
 """Where a run's numbers, tables and checkpoints are recorded: metrics.jsonl always, W&B when it can be had.
 
-W&B follows the run folder. The trainer only writes files: rows to metrics.jsonl, everything else W&B is to hold to
-wandb/wanted.jsonl. A process of its own (launch/mirror.py) reads them and talks to W&B, so that no outage,
-full pipe or hanging client can hold up a step, and what W&B did not take is still there for the next attempt
-or the syncer. The only file that imports wandb, and only in the functions that need it.
+W&B follows the run folder. The trainer only writes files: rows to metrics.jsonl, everything else W&B is to
+hold to wandb/wanted.jsonl. A process of its own (launch/mirror.py) reads them and talks to W&B, so that no
+outage, full pipe or hanging client can hold up a step, and what W&B did not take is still there for the next
+attempt or the syncer. The only file that imports wandb, and only in the functions that need it.
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ import re
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -96,10 +98,12 @@ def trackers(
 
 
 class WandbTracker(NoTracker):
-    """The trainer's end of W&B: starts the mirror, leaves it files to read; never raises, waits only at the end.
+    """The trainer's end of W&B: starts the mirror, leaves it files; never raises, waits only at the end.
 
     `folder` is the run folder. Rows are read from its metrics.jsonl, so a JsonlTracker must write that file.
     """
+
+    command = (sys.executable, "-m", "launch.mirror")
 
     def __init__(
         self,
@@ -149,12 +153,15 @@ class WandbTracker(NoTracker):
         self.summary({"checkpoint/step": checkpoint.step, "checkpoint/path": str(checkpoint.path)})
 
     def use(self, handoff: Mapping[str, Any]) -> None:
-        self._want("use", artifact_name(handoff), digest=digest12(handoff))
+        self._quietly(lambda: self._want("use", artifact_name(handoff), digest=digest12(handoff)))
 
     def publish_handoff(self, handoff: Mapping[str, Any]) -> None:
+        self._quietly(lambda: self._publish_handoff(handoff))
+
+    def _publish_handoff(self, handoff: Mapping[str, Any]) -> None:
         # W&B reads the file when it uploads it, which may be days later: it gets a copy that nobody changes.
         copy = self.folder / "wandb" / "handoffs" / f"{digest12(handoff)}.json"
-        self._quietly(lambda: write_json(copy, redact(dict(handoff))))
+        write_json(copy, redact(dict(handoff)))
         self._want("handoff", artifact_name(handoff), digest=digest12(handoff), file=str(copy))
 
     def table(self, name: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
@@ -188,11 +195,13 @@ class WandbTracker(NoTracker):
         if self._starts >= 5:
             return
         self._starts += 1
-        if self._starts > 1:
+        if self._process is not None:
             self._say("its process ended; starting it again")
+            if self._process.stdin:
+                self._process.stdin.close()
         with (self.folder / "wandb" / f"mirror_{self.attempt}.log").open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "launch.mirror", str(self.folder), str(self.attempt)],
+                [*self.command, str(self.folder), str(self.attempt)],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
@@ -329,7 +338,7 @@ class Session:
         self._rows += 1
         if isinstance(seconds := row.get("step_seconds"), (int, float)):
             self._seconds.append(seconds)
-            if self._rows % 10 == 0:
+            if step % 10 == 0:
                 ordered = sorted(self._seconds)
                 for percent in (50, 95, 99):
                     index = min(len(ordered) - 1, len(ordered) * percent // 100)
@@ -411,10 +420,48 @@ def base_url() -> str:
     return str(wandb.setup().settings.base_url)
 
 
-def server_step(job: Mapping[str, Any]) -> int:
-    """The last step the server has of a run; -1 for none."""
+@dataclass(frozen=True)
+class OnServer:
+    """What the server says of a run."""
+
+    step: int = -1  # the last one
+    rows: int = 0
+    state: str = ""
+    entity: str = ""
+
+
+def ask(job: Mapping[str, Any]) -> OnServer:
+    """What the server has of a run; raises when it does not answer."""
+    import wandb
+    from wandb.apis.public import RunNotFoundError
+
+    api = wandb.Api(timeout=20)
+    entity = job["entity"] or api.default_entity
+    try:
+        run = api.run(f"{entity}/{job['project']}/{job['id']}")
+        return OnServer(int(run.lastHistoryStep), int(run.historyLineCount), str(run.state), entity)
+    except RunNotFoundError:
+        return OnServer(entity=entity)
+
+
+def has_artifact(job: Mapping[str, Any], entity: str, item: Mapping[str, Any]) -> bool:
+    """Whether the server has a handoff's artifact, whole."""
     import wandb
 
-    entity = f"{job['entity']}/" if job["entity"] else ""
-    run = wandb.Api(timeout=20).run(f"{entity}{job['project']}/{job['id']}")
-    return int(run.lastHistoryStep)
+    place = f"{entity}/{job['project']}/{item['name']}:h-{item['digest']}"
+    return bool(wandb.Api(timeout=20).artifact_exists(place))
+
+
+def fetch_handoff(place: str) -> dict[str, Any]:
+    """The handoff that the artifact `entity/project/name:alias` mirrors, with the run folder as `folder`.
+
+    Only the small file is read: a reference's download would copy the whole checkpoint into a cache.
+    """
+    import wandb
+
+    artifact = wandb.Api(timeout=60).artifact(place)
+    with tempfile.TemporaryDirectory() as folder:
+        file = artifact.get_entry("handoff.json").download(root=folder)
+        handoff: dict[str, Any] = json.loads(Path(file).read_text())
+    path = Path(str(artifact.metadata["path"]))
+    return handoff | {"folder": str(Path(*path.parts[: len(path.parts) - len(Path(handoff["path"]).parts)]))}
