@@ -23,7 +23,7 @@ PROBLEMS = (
     (
         "mapping values are not",
         "a ': ' where no setting can begin",
-        "quote the value, or check the indent",
+        "quote the text, or mend the indent",
         False,
     ),
     ("could not find expected ':'", "expected `key: value`", "write a colon and a space after the key", True),
@@ -33,12 +33,8 @@ PROBLEMS = (
     ("found unexpected end of stream", "this quote is not closed", "", True),
     ("found unknown escape", "no such escape", "in double quotes a backslash is written twice", False),
     ("expected the node content", "expected a value here", "", False),
-    (
-        "entries are not allowed",
-        "a list cannot begin here",
-        "put it on its own lines, or write [a, b]",
-        False,
-    ),
+    ("nested more than", f"nested more than {DEPTH} levels deep", "", False),
+    ("entries are not allowed", "a list cannot begin here", "put it on its own lines, or write [a]", False),
 )
 
 

@@ -210,7 +210,7 @@ class Layers:
         collect_axes(sweep, name, "", axes, faults)
         short = shortest(list(axes))
         points: dict[str, list[Override]] = {}
-        for values in product(*(node.items for node in axes.values())):
+        for values in product(*(node.items for node in axes.values())) if not faults else ():
             chosen = [
                 (path, value.at(node.key)) for (path, node), value in zip(axes.items(), values, strict=True)
             ]
