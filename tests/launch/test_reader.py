@@ -478,6 +478,24 @@ def test_every_value_knows_its_place_and_explains_itself() -> None:
     ]
 
 
+def test_what_a_default_is_wrong_with_points_at_the_strongest_mention_of_its_section() -> None:
+    write(base=SOUND + "  oven: {range: [0, 9]}\n")
+    assert told("inherits: base.yaml\n").startswith(
+        "base.yaml:4:3: error: dough.oven.heat (180.0) is out of range"
+    )
+    own = "inherits: base.yaml\ndough:\n  oven: {range: [0, 8]}\n"
+    assert told(own).startswith("x.yaml:3:3: error: dough.oven.heat (180.0) is out of range")
+
+
+def test_layers_do_not_change_each_other() -> None:
+    one = layers(SOUND + "loaves: 2\n")
+    two = one.override([])
+    assert one.pop("loaves") is not None
+    assert (one.build(Bread).loaves, two.build(Bread).loaves) == (1, 2)
+    assert two.override(["loaves=3"]).build(Bread).loaves == 3
+    assert two.build(Bread).loaves == 2
+
+
 def test_faults_come_file_by_file_the_experiment_s_own_first_and_the_command_line_last() -> None:
     write(base="name: a\ndough: {flour: x, minutes: y}\n")
     found = told("inherits: base.yaml\nloaves: z\n", "dough.proof=q", "dough.sifted=r")
