@@ -550,6 +550,22 @@ def qwen1_names(key: str, tensor: Any) -> Iterator[tuple[str, Any]]:
         yield key, tensor
 
 
+def hub_bases() -> Any:
+    """transformers' classes that `moe.hub` builds on, and `register(config, model)`."""
+    from types import SimpleNamespace
+
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+    from transformers.utils import ModelOutput
+
+    def register(config: Any, model: Any) -> None:
+        AutoConfig.register(config.model_type, config, exist_ok=True)
+        AutoModelForCausalLM.register(config, model, exist_ok=True)
+
+    return SimpleNamespace(
+        Config=PreTrainedConfig, Model=PreTrainedModel, Output=ModelOutput, register=register
+    )
+
+
 # ------------------------------------------------------------------ tokenizers
 
 

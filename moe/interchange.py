@@ -314,13 +314,7 @@ def open_checkpoint(path: Path | str, *, dtype: torch.dtype | None = None) -> tu
     """
     from moe.checkpoint import load_weights
 
-    path = Path(path).resolve()
-    run = next((p for p in path.parents if (p / "spec.json").is_file()), None)
-    if run is None:
-        raise InterchangeError(
-            f"{path} lies in no run folder: none of the folders above it has a spec.json that says what it is"
-        )
-    said = json.loads((run / "spec.json").read_text())
+    run, said = _run(path), run_spec(path)
     spec = _section(ModelSpec, said.get("model", {}))
     tokenizer = backbones.load_tokenizer(spec, run / "tokenizer" if (run / "tokenizer").is_dir() else None)
     dtype = dtype or (torch.bfloat16 if torch.cuda.is_available() else torch.float32)
@@ -328,8 +322,26 @@ def open_checkpoint(path: Path | str, *, dtype: torch.dtype | None = None) -> tu
     if said.get("stage") == "moe":
         moe = dict(said.get("moe", {})) | {"expert_parallel": 1, "dispatcher": "torch"}
         upcycle(vlm, _section(MoESpec, moe), Groups.single(), seed=0)
-    load_weights(path, vlm, Groups.single())
+    load_weights(Path(path), vlm, Groups.single())
     return vlm.eval(), tokenizer
+
+
+def run_spec(checkpoint: Path | str) -> dict[str, Any]:
+    """What the spec.json of a checkpoint's run folder says."""
+    said: dict[str, Any] = json.loads((_run(checkpoint) / "spec.json").read_text())
+    return said
+
+
+def _run(checkpoint: Path | str) -> Path:
+    path = Path(checkpoint).resolve()
+    if not path.is_dir():
+        raise InterchangeError(f"there is no folder {path}")
+    for above in path.parents:
+        if (above / "spec.json").is_file():
+            return above
+    raise InterchangeError(
+        f"{path} lies in no run folder: none of the folders above it has a spec.json that says what it is"
+    )
 
 
 def _section(kind: type[Any], said: Mapping[str, Any]) -> Any:
@@ -361,4 +373,12 @@ def export_hf(source: VLM | Path | str, folder: Path | str, tokenizer: Any = Non
         tokenizer.save_pretrained(folder)
 
 
-__all__ = ["LANGUAGE", "InterchangeError", "blueprint", "export_hf", "load_moe_llava", "open_checkpoint"]
+__all__ = [
+    "LANGUAGE",
+    "InterchangeError",
+    "blueprint",
+    "export_hf",
+    "load_moe_llava",
+    "open_checkpoint",
+    "run_spec",
+]
