@@ -155,7 +155,7 @@ def digest(path: Path) -> str:
 
 
 def fingerprint(tokenizer: Any, template: str) -> str:
-    """What decides the ids besides the text: the tokenizer's whole definition, the template, our own format."""
+    """What decides the ids besides the text: the tokenizer's whole definition, the template, the format."""
     known = getattr(tokenizer, "backend_tokenizer", None)
     words = known.to_str() if known is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
     parts = [words, str(tokenizer.bos_token_id), template, str(FORMAT), type(tokenizer).__name__]
@@ -219,11 +219,12 @@ class _Builder:
                 number = batch[-1].number + 1
                 for file in self.files.values():
                     file.flush()
-                    os.fsync(file.fileno())
                 state = {"byte": batch[-1].end, "records": number, "sizes": self.counts}
                 _write(self.folder / "mark.json", json.dumps(state))
                 if progress:
                     progress(batch[-1].end, size)
+            for file in self.files.values():
+                os.fsync(file.fileno())
         meta = {
             "format": FORMAT,
             "annotation": self.annotation.name,
@@ -240,7 +241,9 @@ class _Builder:
         """The last mark, with the files cut back to it."""
         mark: dict[str, Any] = {"byte": 0, "records": 0, "sizes": {}}
         with contextlib.suppress(OSError, ValueError):
-            mark = json.loads((self.folder / "mark.json").read_text())
+            known = json.loads((self.folder / "mark.json").read_text())
+            if all((self.folder / name).stat().st_size >= size for name, size in known["sizes"].items()):
+                mark = known  # a machine that lost power may have kept the mark and lost the bytes
         for name in names:
             with (self.folder / name).open("ab") as file:
                 file.truncate(mark["sizes"].get(name, 0))

@@ -98,6 +98,10 @@ class Loader:
         self._micro_batch, self._accumulation = micro_batch, accumulation
         self._rank, self._world, self._seed = rank, world, seed
         self._size = micro_batch * accumulation * world
+        self._step = 0
+        self._replaced: list[str] = []
+        self._earlier = 0  # replaced before this attempt
+        self._tokens = self._slots = 0
         self._root = _root(spec)
         self._mixture = Mixture(_sources(spec, self._root, tokenizer), patches, spec.max_length)
         self._dropped = self._faults()
@@ -107,10 +111,6 @@ class Loader:
             raise DataError(f"the mix {spec.mix!r} has no samples")
         self._stream = Stream(self._mixture, spec.group_by, self._size, accumulation * world, seed)
         self._pool = ThreadPoolExecutor(spec.workers, thread_name_prefix="data") if spec.workers else None
-        self._step = 0
-        self._replaced: list[str] = []
-        self._earlier = 0  # replaced before this attempt
-        self._tokens = self._slots = 0
 
     @property
     def samples(self) -> int:

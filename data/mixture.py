@@ -80,19 +80,18 @@ class Mixture:
         return Place(source, int(self._records[source][sample - self.starts[source]]))
 
     def members(self, epoch: int, seed: int) -> np.ndarray:
-        """An epoch's samples: a source of weight 1 whole, of another a further stretch of its shuffles."""
+        """An epoch's samples: each source as often as its weight has whole numbers, and a further part of it.
+
+        The parts go round one fixed shuffle: none comes twice before all have come, and none is drawn twice.
+        """
         parts = []
         for number, (draws, records) in enumerate(zip(self.draws, self._records, strict=True)):
             count, start = len(records), int(self.starts[number])
-            if draws == count:
-                parts.append(np.arange(start, start + count, dtype=np.int32))
-                continue
-            at, end = epoch * draws, (epoch + 1) * draws
-            while at < end:
-                shuffle = permutation(count, seed, 1, number, at // count)
-                part = shuffle[at % count : at % count + end - at]
-                parts.append((part + start).astype(np.int32))
-                at += len(part)
+            whole, rest = divmod(draws, count) if count else (0, 0)
+            parts += [np.arange(start, start + count, dtype=np.int32)] * whole
+            if rest:
+                places = np.arange(epoch * rest, (epoch + 1) * rest) % count
+                parts.append(permutation(count, seed, 1, number)[places] + np.int32(start))
         return np.concatenate(parts)
 
 

@@ -49,7 +49,9 @@ def stream(path: Path, start: int = 0, number: int = 0) -> Iterator[Record]:
                 try:
                     value, end = decoder.raw_decode(text, place)
                 except json.JSONDecodeError as error:
-                    if ended:
+                    # What the chunk cut off shows at its end, or as a string that does not end.
+                    cut = error.pos > len(text) - 64 or error.msg.startswith("Unterminated string")
+                    if ended or not cut:
                         raise _broken(path, base + error.pos, number, error.msg) from None
                     more = True
                 else:
