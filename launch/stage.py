@@ -27,7 +27,7 @@ from moe.checkpoint import Checkpoint, Checkpoints, load_weights
 from moe.engine import Engine
 from moe.parallel import Groups
 from moe.stages import STAGES
-from moe.train import Outcome, Tracker, Trainer
+from moe.train import Outcome, Trainer
 from moe.upcycle import upcycle
 
 
@@ -37,21 +37,15 @@ class StageError(RuntimeError):
     verdict = "bad spec"
 
 
-class Journal:
-    """The tracker that keeps the run's own journal."""
+class Journal(tracking.NoTracker):
+    """The tracker that notes in the run's own journal which steps are safe."""
 
     def __init__(self, folder: RunFolder, attempt: str) -> None:
         self.folder, self.attempt = folder, attempt
 
-    def log(self, step: int, metrics: Mapping[str, object]) -> None:
-        """Steps are metrics.jsonl's."""
-
     def publish(self, checkpoint: Checkpoint) -> None:
         """Note that a step is safe."""
         self.folder.note("saved", attempt=self.attempt, step=checkpoint.step)
-
-    def finish(self, outcome: str) -> None:
-        """The end is noted by run_stage, once the handoff is there."""
 
 
 def run_stage(folder: RunFolder, place: Place, warned: Callable[[], bool]) -> str:
@@ -147,10 +141,10 @@ def run_stage(folder: RunFolder, place: Place, warned: Callable[[], bool]) -> st
             _publish(folder, checkpoints, parent, tracker)
     groups.barrier()
     ended = "finished" if outcome is Outcome.FINISHED else "preempted"
-    tracker.finish(ended)
     if groups.rank == 0:
+        # Before W&B is waited for: the time after a warning is short, and what is saved is saved.
         folder.note("ended", attempt=place.attempt, outcome=ended, reason=getattr(warned, "warned", ""))
-    groups.barrier()
+    tracker.finish(ended)
     return ended
 
 
@@ -164,9 +158,7 @@ def _prepare(spec: ExperimentSpec) -> None:
     torch.manual_seed(spec.seed)
 
 
-def _parent(
-    record: Mapping[str, Any], after: str, groups: Groups
-) -> tuple[RunFolder, dict[str, Any]] | None:
+def _parent(record: Mapping[str, Any], after: str, groups: Groups) -> tuple[RunFolder, dict[str, Any]] | None:
     """The run this one starts from and its handoff, checked on each rank before anything large is loaded."""
     if not after:
         return None
@@ -204,8 +196,11 @@ def _tracker(
     number: int,
     start_step: int,
     parent: tuple[RunFolder, dict[str, Any]] | None,
-) -> Tracker:
-    run = {**{key: record[key] for key in ("id", "name", "experiment", "stage")}, "tags": list(spec.wandb.tags)}
+) -> tracking.NoTracker:
+    run = {
+        **{key: record[key] for key in ("id", "name", "experiment", "stage")},
+        "tags": list(spec.wandb.tags),
+    }
     found = tracking.trackers(
         folder.path, run, plain(spec), spec.wandb, rank=groups.rank, attempt=number, start_step=start_step
     )

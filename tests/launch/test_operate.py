@@ -65,7 +65,9 @@ def path(tmp_path: Path) -> str:
 
 def test_list_names_the_runs(runs: Path) -> None:
     done = call(runs, "list")
-    assert done.stdout.split() == [f"sweep/{n}" for n in ("cancelled", "done", "failed", "new", "queued", "running")]
+    assert done.stdout.split() == [
+        f"sweep/{n}" for n in ("cancelled", "done", "failed", "new", "queued", "running")
+    ]
     assert json.loads(call(runs, "list", "--json", "sweep/new").stdout) == ["sweep/new"]
 
 

@@ -64,7 +64,9 @@ def test_identity_is_what_decides_weights(tmp_path: Path) -> None:
 
 
 def test_ids_are_stable_short_and_safe(tmp_path: Path) -> None:
-    file = chain.write(tmp_path, sweep3="sweep: {train.optim.lr: [1e-5], moe.aux_loss: [0.01], seed: [1, 2]}\n")
+    file = chain.write(
+        tmp_path, sweep3="sweep: {train.optim.lr: [1e-5], moe.aux_loss: [0.01], seed: [1, 2]}\n"
+    )
     runs = make(file).stages[2].runs
     assert [run.id for run in runs] == [run.id for run in make(file).stages[2].runs]
     assert all(len(run.id) <= 64 and "/" not in run.id for run in runs)
@@ -80,7 +82,9 @@ def test_ids_are_stable_short_and_safe(tmp_path: Path) -> None:
         ("moe", "moe", ["s3"], ["s1", "s2"]),
     ],
 )
-def test_the_chain_can_be_cut(tmp_path: Path, first: str, last: str, stages: list[str], earlier: list[str]) -> None:
+def test_the_chain_can_be_cut(
+    tmp_path: Path, first: str, last: str, stages: list[str], earlier: list[str]
+) -> None:
     plan = make(chain.write(tmp_path), first=first, last=last)
     assert [stage.experiment.name for stage in plan.stages] == stages
     assert [stage.experiment.name for stage in plan.earlier] == earlier
@@ -90,7 +94,11 @@ def test_the_chain_can_be_cut(tmp_path: Path, first: str, last: str, stages: lis
     ("edit", "overrides", "words"),
     [
         (("s3.yaml", "init_from: s2", "init_from: s22"), [], "'s22' names no experiment"),
-        (("s3.yaml", "init_from: s2", "init_from: s1"), [], "stage moe starts from stage instruct, and s1 is stage align"),
+        (
+            ("s3.yaml", "init_from: s2", "init_from: s1"),
+            [],
+            "stage moe starts from stage instruct, and s1 is stage align",
+        ),
         (("s1.yaml", "stage: align", "stage: instruct\ninit_from: s2"), [], "starts from itself"),
         (("s3.yaml", "", ""), ["elsewhere:seed=3"], "elsewhere: no experiment of this chain"),
         (("s3.yaml", "", ""), ["sweep={gpus: [4, 8]}"], "sweep.gpus: the runs of one array share their gpus"),
@@ -98,7 +106,9 @@ def test_the_chain_can_be_cut(tmp_path: Path, first: str, last: str, stages: lis
         (("s3.yaml", "", ""), ["init_from=s2/lr=9"], "s2 has no run 'lr=9'"),
     ],
 )
-def test_faults_of_a_chain(tmp_path: Path, edit: tuple[str, str, str], overrides: list[str], words: str) -> None:
+def test_faults_of_a_chain(
+    tmp_path: Path, edit: tuple[str, str, str], overrides: list[str], words: str
+) -> None:
     file = chain.write(tmp_path)
     path = tmp_path / edit[0]
     text = path.read_text().replace(edit[1], edit[2], 1) if edit[1] else path.read_text()
@@ -121,5 +131,8 @@ def test_a_folder_that_holds_another_run_is_refused_with_what_changed(tmp_path: 
     assert "train.optim.lr was 2e-05, is 0.001" in fault.message
     assert "name=s3_2" in fault.hint
     faults = list(clashes(make(file, ["s2:seed=1"])))
-    assert ["seed was 0, is 1" in faults[0].message, "the run it starts from is another" in faults[1].message] == [True] * 2
+    assert [
+        "seed was 0, is 1" in faults[0].message,
+        "the run it starts from is another" in faults[1].message,
+    ] == [True] * 2
     assert not list(clashes(make(file, ["train.optim.lr=1e-3", "name=s3_2"])))

@@ -72,5 +72,8 @@ def test_runs_are_found_by_their_record_and_nothing_else(tmp_path: Path) -> None
         (tmp_path / name).mkdir(parents=True)
     for name in ("a/run", "demo/b/lr=1", "code/x/run"):
         write_json(tmp_path / name / "run.json", {"id": name})
-    assert [run.path.relative_to(tmp_path).as_posix() for run in find_runs(tmp_path)] == ["a/run", "demo/b/lr=1"]
+    assert [run.path.relative_to(tmp_path).as_posix() for run in find_runs(tmp_path)] == [
+        "a/run",
+        "demo/b/lr=1",
+    ]
     assert find_runs(tmp_path / "nowhere") == []

@@ -21,7 +21,9 @@ def slurm(tmp_path: Path) -> Path:
     return chain.fake_slurm(tmp_path / "bin")
 
 
-def submit(file: Path, *arguments: str, slurm: Path | None = None, **env: str) -> subprocess.CompletedProcess[str]:
+def submit(
+    file: Path, *arguments: str, slurm: Path | None = None, **env: str
+) -> subprocess.CompletedProcess[str]:
     variables = {**os.environ, **env}
     if slurm:
         variables["PATH"] = chain.path_with(slurm)
@@ -41,7 +43,10 @@ def sent(slurm: Path) -> list[dict[str, object]]:
 
 def test_dry_run_prints_the_golden_scripts(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     file = chain.write(tmp_path, sweep3="sweep: {train.optim.lr: [1e-5, 2e-5]}\n")
-    first, second = submit(file, "--dry-run"), submit(file, "--dry-run", SLURM_JOB_ID="7", SBATCH_PARTITION="high")
+    first, second = (
+        submit(file, "--dry-run"),
+        submit(file, "--dry-run", SLURM_JOB_ID="7", SBATCH_PARTITION="high"),
+    )
     assert first.returncode == 0, first.stderr
     assert first.stdout == second.stdout
     assert not (tmp_path / "runs").exists()
@@ -100,7 +105,9 @@ def test_a_lost_answer_is_looked_up_and_not_sent_again(tmp_path: Path, slurm: Pa
     assert "job 102" in done.stdout
 
 
-def test_a_submitter_killed_after_sbatch_leaves_a_job_that_the_next_one_adopts(tmp_path: Path, slurm: Path) -> None:
+def test_a_submitter_killed_after_sbatch_leaves_a_job_that_the_next_one_adopts(
+    tmp_path: Path, slurm: Path
+) -> None:
     file = chain.write(tmp_path)
     (slurm / "mode").write_text("kill")
     assert submit(file, slurm=slurm).returncode == -signal.SIGKILL
@@ -168,7 +175,9 @@ def test_the_jobs_code_is_the_snapshot_of_what_was_submitted(tmp_path: Path, slu
         (["--wrong"], 2, "unrecognized arguments: --wrong"),
     ],
 )
-def test_what_a_wrong_command_says(tmp_path: Path, slurm: Path, arguments: list[str], code: int, words: str) -> None:
+def test_what_a_wrong_command_says(
+    tmp_path: Path, slurm: Path, arguments: list[str], code: int, words: str
+) -> None:
     done = submit(chain.write(tmp_path), *arguments, slurm=slurm)
     assert done.returncode == code
     assert words in done.stderr

@@ -68,7 +68,9 @@ def status(cluster: PrivateSlurm, runs: Path) -> dict[str, dict[str, Any]]:
 def finished(cluster: PrivateSlurm, runs: Path, *names: str) -> bool:
     rows = status(cluster, runs)
     states = {name: rows[name]["name"] for name in names if name in rows}
-    broken = {name: rows[name] for name, state in states.items() if state in ("failed", "stopped", "cancelled")}
+    broken = {
+        name: rows[name] for name, state in states.items() if state in ("failed", "stopped", "cancelled")
+    }
     if broken:
         logs = sorted(runs.rglob("logs/*/rank_0.log"), key=os.path.getmtime)
         pytest.fail(f"{broken}\n{logs[-1].read_text()[-3000:] if logs else ''}\n{cluster.describe()}")
@@ -91,7 +93,10 @@ def test_three_stages_as_chained_arrays_and_a_preemption_that_loses_nothing(
     said = submit(cluster, runs, sweep).stdout
     assert said.count("submitted demo/") == 3
     jobs = cluster.jobs()
-    assert [jobs[f"{array}_{index}"].fields["Dependency"].split("(")[0] for array, index in ((2, 0), (3, 0), (3, 1))] == [
+    assert [
+        jobs[f"{array}_{index}"].fields["Dependency"].split("(")[0]
+        for array, index in ((2, 0), (3, 0), (3, 1))
+    ] == [
         "afterok:1_0",
         "afterok:2_0",
         "afterok:2_0",
@@ -102,17 +107,24 @@ def test_three_stages_as_chained_arrays_and_a_preemption_that_loses_nothing(
 
     disturbed = RunFolder(runs / "demo" / "stage3_moe" / "lr=1e-3")
     other = RunFolder(runs / "demo" / "stage3_moe" / "lr=2e-3")
-    cluster.wait(lambda: finished(cluster, runs, "demo/stage1_align/run", "demo/stage2_instruct/run"), 240, every=1)
+    cluster.wait(
+        lambda: finished(cluster, runs, "demo/stage1_align/run", "demo/stage2_instruct/run"), 240, every=1
+    )
     cluster.wait(lambda: 3 <= disturbed.last_metrics().get("step", 0), 240, every=0.1)
     nodes = ",".join(cluster.job("3_0").nodes)
-    urgent = cluster.sbatch("#!/bin/sh\nsleep 2\n", "--partition=urgent", "--exclusive", "-N2", f"--nodelist={nodes}")
+    urgent = cluster.sbatch(
+        "#!/bin/sh\nsleep 2\n", "--partition=urgent", "--exclusive", "-N2", f"--nodelist={nodes}"
+    )
     cluster.wait(lambda: cluster.job("3_0").restarts == 1, 60)
     cluster.wait_state(urgent, "COMPLETED", timeout=90)
     names = ["demo/stage3_moe/lr=1e-3", "demo/stage3_moe/lr=2e-3"]
     cluster.wait(lambda: finished(cluster, runs, *names), 400, nudge=True, every=1)
 
     # One restart, of the one element, on one warning; nothing was trained twice and nothing is missing.
-    assert {id: job.restarts for id, job in cluster.jobs().items() if id.startswith("3_")} == {"3_0": 1, "3_1": 0}
+    assert {id: job.restarts for id, job in cluster.jobs().items() if id.startswith("3_")} == {
+        "3_0": 1,
+        "3_1": 0,
+    }
     starts = [record for record in disturbed.journal if record["event"] == "start"]
     ends = [(r["outcome"], r["reason"]) for r in disturbed.journal if r["event"] == "ended"]
     assert ends == [("preempted", "SIGTERM"), ("finished", "")]
@@ -159,3 +171,31 @@ def test_cancel_is_final(
     assert [r["step"] for r in folder.journal if r["event"] == "start"] == [0, saved["step"]]
     cluster.run([sys.executable, ROOT / "launch" / "runs.py", "--runs", runs, "cancel", "stage1"])
     cluster.wait(lambda: cluster.job("2_0").over, 60, every=0.2)
+
+
+@pytest.mark.slurm
+@pytest.mark.slow
+def test_with_a_grace_and_the_user_signal_the_verdict_requeues_once(
+    private_slurm: Callable[..., PrivateSlurm], data_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DATA_ROOT", str(data_root))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    cluster = private_slurm(user_signal=True, grace=60)
+    runs = tmp_path / "runs"
+    steps = ["stage1_align:train.steps=40", "--only", "align"]
+    submit(cluster, runs, "cluster.partition=grace", *steps)
+    folder = RunFolder(runs / "demo" / "stage1_align" / "run")
+    cluster.wait(lambda: folder.last_metrics().get("step", 0) >= 3, 120, every=0.1)
+    nodes = ",".join(cluster.job("1_0").nodes)
+    urgent = cluster.sbatch("#!/bin/sh\nsleep 1\n", "--partition=urgent", "--exclusive", "-N2", f"--nodelist={nodes}")
+    cluster.wait(lambda: cluster.job("1_0").restarts == 1, 60)
+    cluster.wait_state(urgent, "COMPLETED", timeout=90)
+    cluster.wait(lambda: finished(cluster, runs, "demo/stage1_align/run"), 200, nudge=True, every=1)
+    assert cluster.job("1_0").restarts == 1
+    verdicts = [(r["verdict"], r["reason"]) for r in folder.journal if r["event"] == "verdict"]
+    assert verdicts == [("preempted", "SIGUSR2"), ("finished", "")]
+    submit(cluster, runs, "stage1_align:name=demo/again", *steps)
+    cluster.wait(lambda: finished(cluster, runs, "demo/again/run"), 200, every=1)
+    again = RunFolder(runs / "demo" / "again" / "run")
+    assert history(folder) == history(again)
+    assert json.loads(folder.handoff_file.read_text())["digest"] == json.loads(again.handoff_file.read_text())["digest"]
