@@ -322,7 +322,14 @@ def load_language(spec: ModelSpec, *, vocab_size: int, seed: int, dtype: Any) ->
     name = spec.weights or row.hub
     if spec.random:
         config = language_config(row.model_type, {**row.config, "vocab_size": vocab_size})
-        model = _random(lambda: _causal(config, attention(spec, dtype), dtype), seed)
+        implementation = attention(spec, dtype)
+        try:
+            model = _random(lambda: _causal(config, implementation, dtype), seed)
+        except (ArithmeticError, TypeError, ValueError) as wrong:
+            raise BackboneError(
+                f"model.config: no {row.model_type} can be built from it: {wrong}; see that hidden_size is a "
+                "multiple of num_attention_heads, and that of num_key_value_heads"
+            ) from wrong
     elif row.own_config:
         config = language_config(row.model_type, row.config)
         model = _from_tensors(spec, row, config, name, dtype)

@@ -30,7 +30,9 @@ FEW_HEADS = ("qwen2", "qwen2_5", "qwen3", "mistral", "openchat")
 
 def spec(backbone: str = "stablelm", **changes: Any) -> ModelSpec:
     config = dict(CONFIG)
-    if backbone != "phi2":
+    if backbone == "phi2":
+        config["partial_rotary_factor"] = 0.5  # of 8: phi-2's own share would be odd
+    else:
         config["num_key_value_heads"] = 2 if backbone in FEW_HEADS else 4
     if backbone == "qwen3":
         config["head_dim"] = 8

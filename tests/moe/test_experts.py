@@ -1,0 +1,69 @@
+"""Stacked experts against one FFN after the other."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from moe.experts import Experts, _grouped, dense_weights
+from tests.moe.tiny import model
+
+LOADS = [5, 0, 7]
+
+
+@pytest.fixture(params=["phi2", "stablelm"])
+def experts(request: pytest.FixtureRequest) -> tuple[torch.nn.Module, Experts]:
+    dense = model(request.param).layers()[0].mlp
+    stacked = Experts.of(dense, 6, 3, 3)
+    with torch.no_grad():
+        for parameter in stacked.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    return dense, stacked
+
+
+def alone(dense: torch.nn.Module, stacked: Experts, expert: int, x: Tensor) -> Tensor:
+    found, _ = dense_weights(dense)
+    with torch.no_grad():
+        for name, weight in found.items():
+            weight.copy_(getattr(stacked, name)[expert])
+    return dense(x)
+
+
+def test_each_row_meets_its_expert(experts: tuple[torch.nn.Module, Experts]) -> None:
+    dense, stacked = experts
+    x = torch.randn(sum(LOADS), 32)
+    want = torch.cat([alone(dense, stacked, e, rows) for e, rows in enumerate(x.split(LOADS))])
+    torch.testing.assert_close(stacked(x, LOADS), want, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(stacked(x, torch.tensor(LOADS)), want, rtol=1e-5, atol=1e-6)
+    queues = torch.zeros(3, 7, 32)
+    for e, rows in enumerate(x.split(LOADS)):
+        queues[e, : len(rows)] = rows
+    got = stacked(queues, None)
+    torch.testing.assert_close(
+        torch.cat([got[e, :n] for e, n in enumerate(LOADS)]), want, rtol=1e-5, atol=1e-6
+    )
+
+
+def test_grouped_and_looped_experts_have_the_same_gradients(experts: tuple[torch.nn.Module, Experts]) -> None:
+    _, stacked = experts
+    found = []
+    for loads in (LOADS, torch.tensor(LOADS)):
+        stacked.zero_grad()
+        x = torch.randn(12, 32, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        stacked(x, loads).square().sum().backward()
+        found.append([x.grad, *[p.grad.clone() for p in stacked.parameters()]])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_a_grouped_product_of_no_rows_is_empty() -> None:
+    none = torch.zeros(2, dtype=torch.int64)
+    assert _grouped(torch.zeros(0, 8), torch.ones(2, 4, 8), None, none, none.int()).shape == (0, 4)
+
+
+def test_parameters_say_which_experts_they_hold(experts: tuple[torch.nn.Module, Experts]) -> None:
+    _, stacked = experts
+    for parameter in stacked.parameters():
+        assert (parameter.expert_dim, parameter.expert_offset, parameter.expert_total) == (0, 3, 6)
+        assert parameter.shape[0] == 3

@@ -1,0 +1,154 @@
+"""The splice, the loss, and what trains."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from moe import vlm as module
+from moe.stages import STAGES
+from moe.vlm import IGNORE, IMAGE, VLMError, parts, projector, train_only
+from tests.moe.tiny import WORDS, batch, model
+
+
+def test_features_stand_where_the_text_says() -> None:
+    vlm = model()
+    given = batch([7, 4, 6], [2, 0, 1])
+    given["attention_mask"][2, 3] = False  # a hole: the position is dropped, not attended to
+    spliced = vlm.splice(**given)
+    features, embed = vlm.image_features(given["pixel_values"]), vlm.language.get_input_embeddings()
+    at = 0
+    for row, (ids, kept) in enumerate(zip(given["input_ids"], given["attention_mask"], strict=True)):
+        want, image = [], []
+        for token in ids[kept]:
+            if token == IMAGE:
+                want += list(features[at])
+                image += [True] * features.shape[1]
+                at += 1
+            else:
+                want.append(embed(token))
+                image.append(False)
+        length = len(want)
+        torch.testing.assert_close(spliced.embeds[row, :length], torch.stack(want))
+        assert not spliced.embeds[row, length:].any()
+        assert spliced.mask[row].tolist() == [True] * length + [False] * (spliced.mask.shape[1] - length)
+        assert spliced.image[row, :length].tolist() == image
+        text = spliced.labels[row, :length][~torch.tensor(image)]
+        assert text.tolist() == given["labels"][row][kept & (ids != IMAGE)].tolist()
+        assert (spliced.labels[row, :length][torch.tensor(image)] == IGNORE).all()
+
+
+def test_padding_changes_nothing() -> None:
+    vlm = model().eval()
+    together = batch([9, 5], [1, 0])
+    alone = {key: value[1:, :5] for key, value in together.items() if key != "pixel_values"}
+    whole, part = vlm(**together), vlm(**alone)
+    torch.testing.assert_close(whole.logits[1, :5], part.logits[0], rtol=1e-5, atol=1e-5)
+
+
+def test_the_loss_is_the_mean_over_supervised_next_tokens() -> None:
+    vlm = model()
+    given = batch([9, 5, 12], [1, 0, 2])
+    output = vlm(**given)
+    labels, logits = vlm.splice(**given).labels, output.logits
+    want = F.cross_entropy(logits[:, :-1].reshape(-1, WORDS), labels[:, 1:].reshape(-1), ignore_index=IGNORE)
+    assert output.loss.item() == pytest.approx(want.item(), rel=1e-6)
+    assert int(output.tokens) == int((labels[:, 1:] != IGNORE).sum())
+    assert output.ce_sum.item() == pytest.approx(want.item() * int(output.tokens), rel=1e-6)
+
+
+def test_logits_in_chunks_give_the_same_loss_and_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    given, found = batch([19, 15], [1, 0]), []
+    for rows in (4096, 4):
+        monkeypatch.setattr(module, "ROWS", rows)
+        vlm = model().train()
+        output = vlm(**given)
+        output.loss.backward()
+        found.append(
+            (output.loss.item(), {n: p.grad for n, p in vlm.named_parameters() if p.grad is not None})
+        )
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-6)
+    for name, grad in found[0][1].items():
+        torch.testing.assert_close(found[1][1][name], grad, rtol=1e-5, atol=1e-7)
+
+
+def test_a_batch_without_labels_has_a_loss_of_zero_and_gradients_of_zero() -> None:
+    vlm = model().train()
+    given = batch([6, 6], [1, 1])
+    given["labels"].fill_(IGNORE)
+    output = vlm(**given)
+    output.loss.backward()
+    assert output.loss.item() == 0
+    assert int(output.tokens) == 0
+    assert not vlm.projector[0].weight.grad.any()
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_text_alone_keeps_the_projector_in_the_graph(recompute: bool) -> None:
+    vlm = model().train()
+    train_only(vlm, STAGES["align"].trains)
+    vlm.recompute(recompute)
+    given = batch([6, 4], [0, 0])
+    vlm(**given).loss.backward()
+    assert all(p.grad is not None and not p.grad.any() for p in vlm.projector.parameters())
+    vlm.zero_grad()
+    del given["pixel_values"]
+    vlm(**given).loss.backward()
+    assert vlm.projector[0].weight.grad is not None
+
+
+def test_recomputing_changes_no_gradient() -> None:
+    given, found = batch([9, 6], [1, 0]), []
+    for on in (False, True):
+        vlm = model().train()
+        vlm.recompute(on)
+        vlm(**given).loss.backward()
+        found.append({n: p.grad for n, p in vlm.named_parameters() if p.grad is not None})
+    for name, grad in found[0].items():
+        torch.testing.assert_close(found[1][name], grad)
+
+
+def test_the_tower_stays_out_of_training() -> None:
+    vlm = model().train()
+    assert not vlm.tower.training
+    train_only(vlm, ["projector", "embeddings", "attention", "norms", "ffn", "head"])
+    assert not any(p.requires_grad for p in vlm.tower.parameters())
+    vlm(**batch([6], [1])).loss.backward()
+    assert all(p.grad is None for p in vlm.tower.parameters())
+
+
+@pytest.mark.parametrize("images", [0, 3])
+def test_images_without_a_place_are_refused(images: int) -> None:
+    given = batch([6, 4], [1, 1])
+    given["pixel_values"] = torch.randn(images, 3, 28, 28)
+    with pytest.raises(
+        VLMError, match=rf"brings {images} image\(s\), but its texts have 2 place\(s\) for one \(-200\)"
+    ):
+        model()(**given)
+
+
+@pytest.mark.parametrize(
+    ("kind", "linears"), [("linear", 1), ("mlp1x_gelu", 1), ("mlp2x_gelu", 2), ("mlp3x_gelu", 3)]
+)
+def test_projectors(kind: str, linears: int) -> None:
+    made = projector(kind, 6, 10)
+    assert made(torch.randn(2, 6)).shape == (2, 10)
+    assert sum(isinstance(m, torch.nn.Linear) for m in made.modules()) == linears
+    assert sum(isinstance(m, torch.nn.GELU) for m in made.modules()) == linears - 1
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_only_what_a_stage_names_trains(stage: str) -> None:
+    vlm = model("phi2")
+    counts = train_only(vlm, STAGES[stage].trains)
+    named = {name for part, names in parts(vlm).items() if part in STAGES[stage].trains for name in names}
+    assert {name for name, p in vlm.named_parameters() if p.requires_grad} == named
+    assert sum(counts.values()) == sum(p.numel() for p in vlm.parameters() if p.requires_grad)
+
+
+def test_a_parameter_that_belongs_to_no_part_is_a_fault_said() -> None:
+    vlm = model()
+    vlm.language.extra = torch.nn.Linear(2, 2)
+    with pytest.raises(VLMError, match=r"language.extra.weight belongs to no part of moe.stages"):
+        parts(vlm)
