@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
 import shutil
 import signal
 import socket
@@ -43,6 +44,11 @@ CLIENT_VARIABLES = (
     "SINFO_",
     "SCANCEL_",
     "SUBMITIT_",
+)
+
+# Said at every start, and of no consequence: the plugin for MPI is not installed, the nodes claim too much.
+NOISE = re.compile(
+    r"pmix|mpi/|MPI:|differs from hardware|FeaturesAvail|CPU frequency|credential|header: 0 of"
 )
 
 
@@ -214,25 +220,29 @@ class PrivateSlurm:
         soon = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(time.time() + 3))
         for job in self.jobs().values():
             waits = job.state == "PENDING" and job.reason == "BeginTime" and job.restarts > 0
-            if waits and job.fields["StartTime"] > soon and (job.id in ids or not ids):
+            if waits and job.fields["EligibleTime"] > soon and (job.id in ids or not ids):
                 self.run(["scontrol", "update", f"jobid={job.id}", "StartTime=now+2"], check=False)
 
     def clear(self) -> None:
         """End all jobs and bring all nodes back, for the next test."""
-        self.run(["scancel", "--user=root"], check=False)
         for node in self.nodes:
             self.start_node(node)
-        self.wait(lambda: all(job.over for job in self.jobs().values()), self.options.kill_wait + 20)
+
+        def over() -> bool:  # asked again and again, for a job may requeue itself while it is being cancelled
+            self.run(["scancel", "--user=root"], check=False)
+            return all(job.over for job in self.jobs().values())
+
+        self.wait(over, self.options.kill_wait + 20, every=0.2)
         self.wait_idle(60)
 
     def describe(self) -> str:
-        """The queue and the end of each log, for an error message."""
+        """The queue and the end of what each daemon said, for an error message."""
         parts = []
         with contextlib.suppress(SlurmError, subprocess.TimeoutExpired):
             parts.append(self.run(["squeue", "-t", "all", "-r"], timeout=20).stdout)
-        for log in sorted((self.folder / "log").iterdir()):
-            tail = log.read_text(errors="replace").splitlines()[-12:]
-            parts += [f"--- {log.name}", *tail] if tail else []
+        for log in sorted((self.folder / "log").glob("*.out")):
+            lines = [line for line in log.read_text(errors="replace").splitlines() if not NOISE.search(line)]
+            parts += [f"--- {log.stem}", *lines[-8:]] if lines else []
         return "\n".join(parts)
 
     # ------------------------------------------------------------------------------------ faults

@@ -81,7 +81,7 @@ def test_two_clusters_side_by_side_know_nothing_of_each_other(
 
 def test_waiting_in_vain_ends_with_the_queue_and_the_logs(slurm: PrivateSlurm) -> None:
     job = slurm.sbatch(SLEEP, "--job-name=waiter", "--hold")
-    with pytest.raises(SlurmError, match=r"not so after 0.1 s(.|\n)*waiter(.|\n)*slurmctld.log"):
+    with pytest.raises(SlurmError, match=r"not so after 0.1 s(.|\n)*waiter(.|\n)*--- slurmctld"):
         slurm.wait(lambda: slurm.job(job).state == "RUNNING", 0.1)
     with pytest.raises(SlurmError, match="no job 999; slurmctld knows"):
         slurm.job("999")
