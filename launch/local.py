@@ -23,7 +23,7 @@ from launch import verdict
 from launch.plan import Plan, Run, runs_folder
 from launch.progress import Progress
 from launch.record import write_json
-from launch.status import alive, batch_of, started, state_of
+from launch.status import alive, batch_of, children, started, state_of
 from launch.submission import Batch, host, locked, prepare, token_of
 
 
@@ -68,7 +68,9 @@ def warns_on_interrupt() -> Iterator[list[int]]:
         nonlocal pressed
         pressed += 1
         if pressed == 1:
-            print("\nstopping: the ranks save and leave (Ctrl-C again to give up what is not saved)", flush=True)
+            print(
+                "\nstopping: the ranks save and leave (Ctrl-C again to give up what is not saved)", flush=True
+            )
         for pid in controllers:
             for rank in children(pid):
                 _kill(rank, signal.SIGTERM if pressed == 1 else signal.SIGKILL)
@@ -80,14 +82,6 @@ def warns_on_interrupt() -> Iterator[list[int]]:
         yield controllers
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def children(pid: int) -> list[int]:
-    """The process's direct children: a controller's are the ranks."""
-    try:
-        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-    except OSError:
-        return []
 
 
 def _kill(pid: int, number: int) -> None:
@@ -117,7 +111,9 @@ def _finish(one: Run, stage, code: Path, controllers: list[int]) -> None:  # typ
             else:
                 batch = Batch(stage, (one,), "", token_of([one], root))
                 prepare(batch, code)
-                executor = LocalExecutor(folder=batch.folder / "slurm", python=one.spec.cluster.python or sys.executable)
+                executor = LocalExecutor(
+                    folder=batch.folder / "slurm", python=one.spec.cluster.python or sys.executable
+                )
                 executor.update_parameters(
                     tasks_per_node=one.spec.gpus,
                     timeout_min=int(one.spec.cluster.walltime) / 60,
@@ -126,7 +122,13 @@ def _finish(one: Run, stage, code: Path, controllers: list[int]) -> None:  # typ
                 pid = executor.start(batch.folder, one.index, code)
                 write_json(
                     batch.folder / "batch.json",
-                    {"state": "submitted", "token": batch.token, "pid": pid, "started": started(pid), "host": host()},
+                    {
+                        "state": "submitted",
+                        "token": batch.token,
+                        "pid": pid,
+                        "started": started(pid),
+                        "host": host(),
+                    },
                 )
         controllers.append(pid)
         follow(one, pid)

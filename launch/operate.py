@@ -13,10 +13,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 from launch import cluster
-from launch.local import children
 from launch.record import RunFolder, find_runs
 from launch.snapshot import REPOSITORY
-from launch.status import OPEN, State, batch_of, state_of
+from launch.status import OPEN, State, batch_of, children, state_of
 
 OK, FAILED, USAGE, NO_SLURM = 0, 1, 2, 3
 
@@ -41,7 +40,9 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--exit-code", action="store_true", help="exit with 1 unless all are done")
     found = verb("logs", "a run's log: the failed rank's, else rank 0's", "?")
     found.add_argument("-f", "--follow", action="store_true")
-    found.add_argument("--attempt", default="", help="an attempt's name or number from 0; default: the newest")
+    found.add_argument(
+        "--attempt", default="", help="an attempt's name or number from 0; default: the newest"
+    )
     found.add_argument("--rank", type=int, default=None)
     found = verb("cancel", "end runs for good: they save if they can, and are not requeued", "+")
     found.add_argument("-y", "--yes", action="store_true", help="do not ask")
@@ -89,7 +90,9 @@ def choose(found: Sequence[RunFolder], root: Path, wanted: Sequence[str | None])
     chosen: dict[Path, RunFolder] = {}
     for word in wanted:
         assert word is not None
-        exact = [f for f in found if word in (name(f, root), name(f, root).removesuffix("/run"), f.run.get("id"))]
+        exact = [
+            f for f in found if word in (name(f, root), name(f, root).removesuffix("/run"), f.run.get("id"))
+        ]
         parts = exact or [f for f in found if word in name(f, root)]
         if not parts and word.replace("_", "").isdigit():
             for folder in found:
@@ -122,7 +125,9 @@ def status(chosen: Sequence[RunFolder], options: argparse.Namespace) -> int:
     while True:
         found, why = states(chosen)
         if options.json:
-            rows = [{"run": name(f, options.runs), "id": f.run.get("id"), **asdict(found[f.path])} for f in chosen]
+            rows = [
+                {"run": name(f, options.runs), "id": f.run.get("id"), **asdict(found[f.path])} for f in chosen
+            ]
             print(json.dumps(rows, indent=1))
         else:
             if options.watch and sys.stdout.isatty():
@@ -158,7 +163,9 @@ def render(chosen: Sequence[RunFolder], found: Mapping[Path, State], root: Path)
             )
         )
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+    return "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    )
 
 
 def logs(chosen: Sequence[RunFolder], options: argparse.Namespace) -> int:

@@ -32,7 +32,9 @@ def batch_of(folder: RunFolder) -> tuple[dict[str, Any], int] | None:
     record = folder.last("submitting")
     if record is None:
         return None
-    return {**(read_json(Path(record["batch"]) / "batch.json") or {}), "folder": record["batch"]}, int(record["index"])
+    return {**(read_json(Path(record["batch"]) / "batch.json") or {}), "folder": record["batch"]}, int(
+        record["index"]
+    )
 
 
 def alive(pid: int, started: int) -> bool:
@@ -47,6 +49,14 @@ def alive(pid: int, started: int) -> bool:
 def started(pid: int) -> int:
     """The process's start time in clock ticks since boot: with its pid, a name no other process gets."""
     return int(Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[19])
+
+
+def children(pid: int) -> list[int]:
+    """The process's direct children: a controller's are the ranks."""
+    try:
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:
+        return []
 
 
 def state_of(folder: RunFolder, queue: Mapping[str, Job] | None) -> State:
@@ -85,10 +95,15 @@ def state_of(folder: RunFolder, queue: Mapping[str, Job] | None) -> State:
             return state("running", found.nodes, element)
         if found and found.state == "COMPLETED":
             return state("stopped", "SLURM says COMPLETED, and there is no handoff", element)
-    verdict = next((record for record in reversed(journal) if record["event"] in ("verdict", "submitting", "cancelled")), None)
+    verdict = next(
+        (record for record in reversed(journal) if record["event"] in ("verdict", "submitting", "cancelled")),
+        None,
+    )
     if verdict and verdict["event"] == "cancelled":
         return state("cancelled")
     if verdict and verdict["event"] == "verdict":
         name = {"preempted": "stopped", "cancelled": "cancelled"}.get(verdict["verdict"], "failed")
         return state(name, f"{verdict['verdict']}: {verdict['reason']}".removesuffix(": "))
-    return state("stopped", "it left the queue without a verdict" if facts.get("job") else "it was never started")
+    return state(
+        "stopped", "it left the queue without a verdict" if facts.get("job") else "it was never started"
+    )

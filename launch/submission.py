@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from launch import cluster
+from launch import cluster, script
 from launch.plan import Plan, Run, StagePlan, plain, runs_folder
 from launch.record import read_json, write_json, write_text
 from launch.status import OPEN, State, batch_of, state_of
@@ -40,7 +40,7 @@ class Batch:
         """The sbatch script."""
         indices = [run.index for run in self.runs]
         name = self.stage.experiment.name.replace("/", "-")
-        return cluster.script(self.stage.spec, name, indices, self.folder, code, self.token)
+        return script.script(self.stage.spec, name, indices, self.folder, code, self.token)
 
     def command(self) -> list[str]:
         """The sbatch command. The dependency stands here, as it alone is not known before the stage above is in."""
@@ -109,7 +109,11 @@ def prepare(batch: Batch, code: Path) -> None:
     (batch.folder / "slurm").mkdir(parents=True, exist_ok=True)
     write_json(
         batch.folder / "plan.json",
-        {"version": 1, "code": str(code), "runs": {str(run.index): str(run.folder.path) for run in batch.runs}},
+        {
+            "version": 1,
+            "code": str(code),
+            "runs": {str(run.index): str(run.folder.path) for run in batch.runs},
+        },
     )
     if batch.stage.spec.cluster.executor == "slurm":
         write_text(batch.folder / "script.sbatch", batch.script(code))
@@ -137,7 +141,9 @@ def send(batch: Batch, lock: int) -> str:
         )
         said, job = done.stderr.strip(), done.stdout.strip().partition(";")[0]
     except FileNotFoundError:
-        raise cluster.SlurmError("sbatch: not found; is this a SLURM login node? cluster=local runs here") from None
+        raise cluster.SlurmError(
+            "sbatch: not found; is this a SLURM login node? cluster=local runs here"
+        ) from None
     except subprocess.TimeoutExpired:
         said, job = "sbatch: no answer within 120 s", ""
     if not job.isdigit():
@@ -151,7 +157,9 @@ def send(batch: Batch, lock: int) -> str:
             job = next(iter(found), "")
             break
         if not job:
-            write_json(batch.folder / "batch.json", {"state": "refused", "token": batch.token, "reason": said})
+            write_json(
+                batch.folder / "batch.json", {"state": "refused", "token": batch.token, "reason": said}
+            )
             raise cluster.SlurmError(said or "sbatch printed no job id")
     write_json(batch.folder / "batch.json", {"state": "submitted", "token": batch.token, "job": job})
     return job
