@@ -1,0 +1,334 @@
+"""Save and restore training, by all ranks at once, on this layout or another.
+
+Each rank writes one file of what it alone holds of the optimizer and one of its cut of the frozen weights, as plain
+bytes, and an index of which tensor's which range lies where. Restoring asks for ranges of tensors by name, so world
+size, expert groups and ZeRO stage may differ; on the same layout the ranges are those written, and a file is read in
+one go into place. Trainable weights are kept in fp32 alone: what the model computes with is their rounding.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from moe import randomness, storage
+from moe.fragments import FROZEN, shared_out, weights
+from moe.parallel import Groups
+from moe.pieces import Index, fill, layout, runs, staged
+from moe.storage import Checkpoint, CheckpointError, describe
+
+if TYPE_CHECKING:
+    from moe.engine import Engine
+
+__all__ = ["Checkpoint", "CheckpointError", "Checkpoints", "describe", "load_weights"]
+
+log = logging.getLogger("moe.checkpoint")
+Guard = Callable[[], None]
+
+
+class Checkpoints:
+    """The checkpoints of one run. Every method but `ready` is collective; a failure raises on every rank.
+
+    `faults` says what was wrong with checkpoints that `latest` had to pass over.
+    """
+
+    def __init__(self, folder: Path, groups: Groups, keep: int = 2) -> None:
+        self.folder, self.groups, self.keep = Path(folder), groups, max(1, keep)
+        self.faults: list[str] = []
+        self._save: _Save | None = None
+        self._staging: torch.Tensor | None = None
+        self._frozen: list[tuple[Path, dict[str, Any]]] = []  # frozen files of this engine's earlier saves
+        self._engine: Engine | None = None
+
+    # --- saving ---
+
+    def save(
+        self, step: int, engine: Engine, extra: dict[str, Any], *, guard: Guard | None = None
+    ) -> Checkpoint:
+        """Save and wait until it is complete.
+
+        `guard` is called on rank 0 when all is written, just before the checkpoint gets its name: what it raises
+        undoes the save and is raised, so that an attempt which lost its lease changes nothing. Raises CheckpointError
+        for a full disk and the like; earlier checkpoints are as they were.
+        """
+        self._begin(step, engine, extra, guard, background=False)
+        checkpoint = self.settle()
+        assert checkpoint is not None
+        return checkpoint
+
+    def begin(self, step: int, engine: Engine, extra: dict[str, Any], *, guard: Guard | None = None) -> None:
+        """Copy the state aside and write it in the background; `settle` completes it. One save at a time."""
+        self._begin(step, engine, extra, guard, background=True)
+
+    def ready(self) -> bool:
+        """Whether a save is under way whose part on this rank is written; `settle` will then not wait for it."""
+        return self._save is not None and self._save.done()
+
+    @property
+    def saving(self) -> bool:
+        """Whether a save was begun and not yet settled."""
+        return self._save is not None
+
+    def settle(self) -> Checkpoint | None:
+        """Wait for the save under way, and complete it; None when there is none."""
+        save, self._save = self._save, None
+        if save is None:
+            return None
+        files, error = save.wait()
+        reports = self._gather((files, error))
+        outcome: tuple[Checkpoint | None, str] = (None, "")
+        own: BaseException | None = None
+        if self.groups.rank == 0:
+            try:
+                outcome = (self._commit(save, reports), "")
+            except BaseException as raised:
+                own = raised
+                storage.remove(save.partial)
+                outcome = (None, str(raised))
+        checkpoint, words = self._from_first(outcome)
+        if own is not None:
+            raise own
+        if checkpoint is None:
+            raise CheckpointError(words)
+        if save.frozen is not None:
+            self._frozen = [*self._frozen, (checkpoint.path / save.frozen[0], save.frozen[1])][-2:]
+        return checkpoint
+
+    def _begin(
+        self, step: int, engine: Engine, extra: dict[str, Any], guard: Guard | None, *, background: bool
+    ) -> None:
+        self.settle()
+        if engine is not self._engine:
+            self._engine, self._frozen = engine, []
+        partial, words = None, ""
+        if self.groups.rank == 0:
+            try:
+                json.dumps(extra, allow_nan=False)
+                partial = storage.start(self.folder, step)
+            except (TypeError, ValueError) as error:
+                words = f"{storage.folder_name(step)} was not saved: `extra` is not JSON ({error})."
+            except OSError as error:
+                words = self._refusal(step, [f"rank 0: {error}"])
+        partial, words = self._from_first((partial, words))
+        if partial is None:
+            raise CheckpointError(words)
+        self._save = _Save(self, step, engine, extra, guard, partial, background=background)
+
+    def _commit(self, save: _Save, reports: list[tuple[dict[str, Any], str]]) -> Checkpoint:
+        bad = [f"rank {rank}: {error}" for rank, (_, error) in enumerate(reports) if error]
+        if bad:
+            raise CheckpointError(self._refusal(save.step, bad))
+        files: dict[str, Any] = {}
+        for written, _ in reports:
+            files |= written
+        try:
+            storage.seal(save.partial, {**save.record, "files": files})
+            if save.guard is not None:
+                save.guard()
+            checkpoint = storage.publish(save.partial, save.step)
+        except OSError as error:
+            raise CheckpointError(self._refusal(save.step, [f"rank 0: {error}"])) from None
+        storage.prune(self.folder, checkpoint, self.keep)
+        return checkpoint
+
+    def _refusal(self, step: int, reasons: list[str]) -> str:
+        standing = next(iter(storage.found(self.folder)), None)
+        newest = f"{standing.path.name} is still the newest" if standing else "there is no earlier one"
+        free = ""
+        with contextlib.suppress(OSError):
+            room = os.statvfs(self.folder)
+            free = f" ({room.f_bavail * room.f_frsize / 1e9:.1f} GB are free there)"
+        return (
+            f"{storage.folder_name(step)} was not saved under {self.folder}{free}: {'; '.join(reasons)}. "
+            f"Earlier checkpoints are untouched: {newest}. If the disk or quota is full, make room or lower train.keep "
+            f"({self.keep}; one more is on disk during a save), then submit again: the run goes on from there."
+        )
+
+    # --- finding and restoring ---
+
+    def latest(self) -> Checkpoint | None:
+        """The newest checkpoint whose every byte is as written; the ranks share the reading.
+
+        One that is torn or corrupt is passed over, renamed aside, logged, and named in `faults`.
+        """
+        candidates: list[Checkpoint] = []
+        if self.groups.rank == 0:
+            storage.recover(self.folder)
+            candidates = storage.found(self.folder)
+        for checkpoint in self._from_first(candidates):
+            wrong: list[str] = []
+            try:
+                record = describe(checkpoint.path)
+            except CheckpointError as error:
+                wrong = [str(error)]
+            else:
+                names = sorted(record["files"])
+                wrong = storage.faults(checkpoint.path, record, names[self.groups.rank :: self.groups.world])
+            wrong = sorted({fault for faults in self._gather(wrong) for fault in faults})
+            if not wrong:
+                return checkpoint
+            words = f"{checkpoint.path.name} is passed over: {'; '.join(wrong)}"
+            self.faults.append(words)
+            if self.groups.rank == 0:
+                log.warning("%s", words)
+                storage.set_aside(checkpoint.path)
+        return None
+
+    def restore(self, checkpoint: Checkpoint, engine: Engine) -> dict[str, Any]:
+        """Bring the engine to the checkpoint's state, whatever layout wrote it; what `save` was given as extra.
+
+        Random states are each rank's own on the same number of ranks, else drawn from the first's. Raises
+        CheckpointError when the checkpoint is of another model, or trained other parameters.
+        """
+        error, record = "", {}
+        try:
+            record = describe(checkpoint.path)
+            fill(engine.fragments(), Index.read(checkpoint.path, record), strict=True)
+            engine.updates, engine.step = record["updates"], record["step"]
+            randomness.restore(self._random_state(checkpoint.path, record), engine.step, self.groups.rank)
+        except (CheckpointError, OSError) as raised:
+            error = f"{checkpoint.path} cannot be restored: {raised}"
+        errors = [e for e in self._gather(error) if e]
+        if errors:
+            raise CheckpointError(errors[0])
+        engine.refresh()
+        extra: dict[str, Any] = record["extra"]
+        return extra
+
+    def _random_state(self, path: Path, record: dict[str, Any]) -> dict[str, Any]:
+        same = record["world"] == self.groups.world
+        rank = self.groups.rank if same else 0
+        state: dict[str, Any] = json.loads((path / f"random_{rank:05d}.json").read_text())
+        return state | {"own": same}
+
+    # --- all ranks ---
+
+    def _gather(self, value: Any) -> list[Any]:
+        if self.groups.world == 1:
+            return [value]
+        values: list[Any] = [None] * self.groups.world
+        dist.all_gather_object(values, value, group=self.groups.control)
+        return values
+
+    def _from_first(self, value: Any) -> Any:
+        if self.groups.world == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, src=0, group=self.groups.control)
+        return values[0]
+
+
+class _Save:
+    """One rank's part of a save under way."""
+
+    def __init__(
+        self,
+        owner: Checkpoints,
+        step: int,
+        engine: Engine,
+        extra: dict[str, Any],
+        guard: Guard | None,
+        partial: Path,
+        *,
+        background: bool,
+    ) -> None:
+        self.step, self.guard, self.partial = step, guard, partial
+        groups = engine.groups
+        self.rank = groups.rank
+        self.record = {
+            "step": step,
+            "world": groups.world,
+            "updates": engine.updates,
+            "layout": {
+                "expert_parallel": groups.expert_parallel,
+                "zero": engine.spec.zero,
+                "precision": engine.spec.precision,
+            },
+            "extra": extra,
+        }
+        self.frozen: tuple[str, dict[str, Any]] | None = None
+        self._link = owner._frozen[-2] if len(owner._frozen) == 2 else None
+        self._files: dict[str, Any] = {}
+        self._error = ""
+        self._thread: threading.Thread | None = None
+        try:
+            pieces = shared_out(engine.fragments())
+            state = [piece for piece in pieces if piece.kind != FROZEN]
+            still = [piece for piece in pieces if piece.kind == FROZEN]
+            self._texts = {
+                f"index_{self.rank:05d}.json": layout(state, self._name("state"))
+                | layout(still, self._name("frozen")),
+                f"random_{self.rank:05d}.json": randomness.state(),
+            }
+            self._state: Iterable[memoryview] = runs(state)
+            self._still = runs(still)
+            if background:
+                owner._staging, self._state = staged(state, owner._staging)
+        except Exception as error:
+            self._error = f"{type(error).__name__}: {error}"
+            return
+        if background:
+            self._thread = threading.Thread(target=self._write, name=f"save step {step}", daemon=True)
+            self._thread.start()
+        else:
+            self._write()
+
+    def done(self) -> bool:
+        return self._thread is None or not self._thread.is_alive()
+
+    def wait(self) -> tuple[dict[str, Any], str]:
+        """The files written here, and what went wrong ("": nothing)."""
+        if self._thread is not None:
+            self._thread.join()
+        return self._files, self._error
+
+    def _name(self, kind: str) -> str:
+        return f"{kind}_{self.rank:05d}.bin"
+
+    def _write(self) -> None:
+        name = ""
+        try:
+            name = self._name("state")
+            self._files[name] = storage.write(self.partial / name, self._state)
+            name = self._name("frozen")
+            self._files[name] = self._write_frozen(self.partial / name)
+            self.frozen = (name, self._files[name])
+            for name, content in self._texts.items():
+                text = json.dumps(content, separators=(",", ":")).encode()
+                self._files[name] = storage.write(self.partial / name, [memoryview(text)])
+            storage.flush_folder(self.partial)
+        except OSError as error:
+            self._error = f"{name}: {error.strerror or error}"
+        except Exception as error:
+            self._error = f"{name}: {type(error).__name__}: {error}"
+
+    def _write_frozen(self, path: Path) -> dict[str, Any]:
+        """Frozen weights never change, so the save before the last has them on disk already: one more name for that file.
+
+        Not the last save's: two neighbouring checkpoints share no bytes, so that a corrupt one can fall back.
+        """
+        if self._link is not None:
+            source, said = self._link
+            with contextlib.suppress(OSError):
+                os.link(source, path)
+                return said
+        return storage.write(path, self._still)
+
+
+def load_weights(path: Path, vlm: nn.Module, groups: Groups) -> None:
+    """Fill a model with a checkpoint's weights: any world size and expert groups, no optimizer.
+
+    Raises CheckpointError when a parameter is missing there or has another shape.
+    """
+    path = Path(path)
+    fill(weights(vlm, groups), Index.read(path, describe(path)), strict=False)

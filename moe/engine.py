@@ -1,0 +1,339 @@
+"""One optimizer step over DeepSpeed: forward, backward, gradients averaged over the right ranks, clip, update.
+
+The loss of a step is the cross entropy summed over all its supervised tokens, on all ranks and micro-batches, over
+their number: what one process with one big batch would compute, however the tokens fall. DeepSpeed averages
+gradients over all ranks, experts' too (each rank's experts have seen the tokens of their whole expert group), so each
+rank scales its own sum by ranks / tokens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import math
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from moe import parallel
+from moe.fragments import Fragment, held, refresh
+from moe.optim import EXPERT_GROUP, is_expert, parameter_groups, rate
+from moe.parallel import Groups
+from moe.spec import MoESpec, TrainSpec
+
+IGNORED = -100  # a label that is not learnt
+PATIENCE = 10  # steps in a row whose gradients may be inf or nan before training stops
+
+
+class EngineError(RuntimeError):
+    """Training cannot be set up, or cannot go on; the message says why and what to do."""
+
+
+class Objective(nn.Module):
+    """The model with its loss as the one thing it returns, which DeepSpeed hooks into; what else it says is summed here.
+
+    `losses` (float32 [3]): cross entropy, balancing losses, what routers add to the loss; `counts`: tokens by expert.
+    """
+
+    def __init__(self, vlm: nn.Module) -> None:
+        super().__init__()
+        self.vlm = vlm
+        self.begin()
+
+    def begin(self, ce_scale: float = 1.0, router_scale: float = 1.0) -> None:
+        """Start a step."""
+        self.ce_scale, self.router_scale = ce_scale, router_scale
+        self.losses: Tensor | None = None
+        self.counts: list[Tensor] = []
+
+    def forward(self, **batch: Tensor) -> Tensor:
+        """The micro-batch's part of the step's loss."""
+        output = self.vlm(**batch)
+        ce: Tensor = output.ce_sum
+        aux = sum((loss.detach().float() for loss in output.aux_losses), start=torch.zeros_like(ce))
+        router = torch.zeros_like(ce) if output.router_loss is None else output.router_loss
+        losses = torch.stack([ce.detach().float(), aux, router.detach().float()])
+        layers = [layer.detach().to(torch.float64) for layer in output.expert_counts]
+        self.losses = losses if self.losses is None else self.losses + losses
+        self.counts = [a + b for a, b in zip(self.counts, layers, strict=True)] if self.counts else layers
+        return ce * self.ce_scale + router * self.router_scale
+
+
+@runtime_checkable
+class Recomputing(Protocol):
+    """A model that can drop its activations and compute them again in the backward pass."""
+
+    def recompute(self, on: bool = True) -> None:
+        """Drop them, or keep them."""
+
+
+class Engine:
+    """A model in training. `step` counts the steps taken; the next one uses the learning rate of `step`.
+
+    Needs no launcher for one process. Raises EngineError for a configuration DeepSpeed cannot train.
+    """
+
+    def __init__(
+        self, vlm: nn.Module, spec: TrainSpec, groups: Groups, *, total_steps: int, moe: MoESpec | None = None
+    ) -> None:
+        parallel.start()
+        self.vlm, self.spec, self.groups, self.total_steps, self.moe = vlm, spec, groups, total_steps, moe
+        self.step = 0
+        self.skipped = 0  # steps in a row without an update, for gradients that were not finite
+        self.device = parallel.device()
+        if not any(parameter.requires_grad for parameter in vlm.parameters()):
+            raise EngineError(
+                "The model has no trainable parameter. Name the parts to train (moe.vlm.train_only) first."
+            )
+        if spec.zero == 3 and groups.expert_parallel > 1:
+            raise EngineError(
+                f"train.zero is 3, but moe.expert_parallel is {groups.expert_parallel}: ZeRO 3 would cut up experts "
+                "that are already spread over ranks. Set train.zero to 2, or moe.expert_parallel to 1."
+            )
+        if isinstance(vlm, Recomputing):
+            vlm.recompute(spec.recompute)
+        vlm.train()
+        projector: list[str] = []
+        if spec.optim.projector_lr:
+            from moe.vlm import parts
+
+            projector = parts(vlm)["projector"]
+        self.adam = torch.optim.AdamW(
+            parameter_groups(vlm, spec.optim, expert_parallel=groups.expert_parallel, projector=projector),
+            lr=0.0,  # until the first step: DeepSpeed may take an empty step to allocate its state
+            betas=spec.optim.betas,
+            eps=spec.optim.eps,
+            fused=True,
+        )
+        self._objective = Objective(vlm)
+        self.deepspeed = self._start_deepspeed()
+        self._forget_empty_step()
+
+    # --- a step ---
+
+    def train_step(self, micro_batches: Sequence[Mapping[str, Tensor]]) -> dict[str, Any]:
+        """Train on one step's micro-batches; every rank calls it with as many of them.
+
+        Returns what all ranks saw together: loss, ce (mean over supervised tokens), aux (mean over micro-batches of
+        the sum over layers), lr, grad_norm (before clipping), tokens (supervised), samples, padding (share of token
+        slots), and moe/layer{i}/counts. A step in which no rank has a supervised token, or whose gradients are not
+        finite, changes no weight.
+        """
+        tokens, samples, filled, slots = self.groups.total(
+            *(sum(column) for column in _counted(micro_batches))
+        )
+        lr = self._set_rate()
+        seen = {"lr": lr, "tokens": int(tokens), "samples": int(samples), "padding": 1 - filled / slots}
+        if tokens == 0:
+            self.step += 1
+            return {"loss": 0.0, "ce": 0.0, "aux": 0.0, "grad_norm": 0.0, **seen}
+        self._objective.begin(ce_scale=self.groups.world / tokens, router_scale=1 / len(micro_batches))
+        for place, batch in enumerate(micro_batches):
+            self.deepspeed.set_gradient_accumulation_boundary(place == len(micro_batches) - 1)
+            loss = self.deepspeed(**{name: tensor.to(self.device) for name, tensor in batch.items()})
+            # A tensor of its own: DeepSpeed's hook on the one it returned would divide by the accumulation steps.
+            self.deepspeed.backward(loss.clone(), scale_wrt_gas=False)
+        norm = self._update()
+        self.step += 1
+        (ce, aux, router), totals = self._together(self._objective.losses, self._objective.counts)
+        forwards = len(micro_batches) * self.groups.world
+        ce, aux, router = ce / tokens, aux / forwards, router / forwards
+        self._watch(ce, norm)
+        layers_seen = {f"moe/layer{i}/counts": layer for i, layer in enumerate(totals)}
+        return {"loss": ce + router, "ce": ce, "aux": aux, "grad_norm": norm, **seen, **layers_seen}
+
+    def _set_rate(self) -> float:
+        share = rate(self.spec.optim, self.step, self.total_steps)
+        for group in self.adam.param_groups:
+            group["lr"] = group["peak"] * share
+        return self.spec.optim.lr * share
+
+    def _update(self) -> float:
+        """Clip and update; the norm of the whole gradient, dense and experts, before clipping."""
+        if self.spec.zero:
+            self.deepspeed.step()
+            return float(self.deepspeed.get_global_grad_norm())
+        # Without ZeRO, DeepSpeed clips by the norm of the dense gradients alone, and only when asked has a norm.
+        norm = self._grad_norm()
+        if math.isfinite(norm):
+            if 0 < self.spec.optim.clip < norm:
+                for parameter in self.vlm.parameters():
+                    if parameter.grad is not None:
+                        parameter.grad.mul_(self.spec.optim.clip / (norm + 1e-6))
+            self.deepspeed.step()
+        else:
+            self.deepspeed.zero_grad()
+        return norm
+
+    def _grad_norm(self) -> float:
+        dense, experts = torch.zeros(2, device=self.device, dtype=torch.float64).unbind()
+        for parameter in self.vlm.parameters():
+            if parameter.grad is None:
+                continue
+            square = torch.linalg.vector_norm(parameter.grad, dtype=torch.float32).double() ** 2
+            if self.groups.expert_parallel > 1 and is_expert(parameter):
+                experts = experts + square
+            else:
+                dense = dense + square
+        if self.groups.expert_parallel > 1:
+            dist.all_reduce(experts, group=self.groups.expert_group)
+        return float((dense + experts).sqrt())
+
+    def _together(self, sums: Tensor, counts: list[Tensor]) -> tuple[list[float], list[list[int]]]:
+        """Everything a step reports, summed over ranks in one all-reduce and fetched in one synchronisation."""
+        flat = torch.cat([sums.double(), *(layer.to(sums.device) for layer in counts)])
+        if self.groups.world > 1:
+            dist.all_reduce(flat, group=self.groups.data_group)
+        values = flat.tolist()
+        totals, place = [], len(sums)
+        for layer in counts:
+            totals.append([int(value) for value in values[place : place + len(layer)]])
+            place += len(layer)
+        return values[: len(sums)], totals
+
+    def _watch(self, ce: float, norm: float) -> None:
+        self.skipped = 0 if math.isfinite(norm) else self.skipped + 1
+        if self.skipped >= PATIENCE:
+            raise EngineError(
+                f"The gradients were inf or nan in each of the last {PATIENCE} steps (loss {ce} at step {self.step}), "
+                "so no weight changed. Lower train.optim.lr, set train.optim.clip, or look at the data of these steps."
+            )
+
+    # --- what a checkpoint keeps ---
+
+    def fragments(self) -> list[Fragment]:
+        """Views of all state this rank holds; writing into them changes it (then call `refresh`)."""
+        return held(self.vlm, self.deepspeed.optimizer, self.adam, self.groups)
+
+    def refresh(self) -> None:
+        """Take the weights over from the optimizer's fp32 copies, after these were written; collective."""
+        refresh(self.deepspeed.optimizer, self.adam)
+
+    @property
+    def updates(self) -> int:
+        """How many updates the optimizer has made; Adam corrects its averages by it."""
+        return max(int(state["step"]) for state in self.adam.state.values())
+
+    @updates.setter
+    def updates(self, number: int) -> None:
+        for state in self.adam.state.values():
+            state["step"].fill_(number)
+
+    # --- DeepSpeed ---
+
+    def _start_deepspeed(self) -> Any:
+        if self.device.type == "cpu":
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        import deepspeed
+        from deepspeed.utils import groups as registry
+
+        # Looking for extensions it could compile runs a compiler, and finds one that only inference uses.
+        deepspeed.ops.__compatible_ops__ = {}
+        deepspeed.utils.logger.setLevel(logging.ERROR)
+        sharded = (
+            [p for p in self.vlm.parameters() if is_expert(p)] if self.groups.expert_parallel > 1 else []
+        )
+        if sharded:
+            name = EXPERT_GROUP.format(self.groups.expert_parallel)
+            for parameter in sharded:
+                parameter.allreduce = False  # type: ignore[attr-defined]
+                parameter.group_name = name  # type: ignore[attr-defined]
+            _register(registry, name, self.groups)
+            self._objective.announcement = _announcement()
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+        ):  # pages of memory statistics
+            warnings.simplefilter("ignore")
+            engine, *_ = deepspeed.initialize(
+                model=self._objective, optimizer=self.adam, config=self._config()
+            )
+        # Its own calls, once a step on every rank.
+        warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)
+        return engine
+
+    def _config(self) -> dict[str, Any]:
+        spec, world = self.spec, self.groups.world
+        trainable = sum(p.numel() for p in self.vlm.parameters() if p.requires_grad)
+        bucket = max(1_000, min(200_000_000, trainable))  # elements; a buffer of this size is allocated
+        zero: dict[str, Any] = {
+            "stage": spec.zero,
+            "contiguous_gradients": True,
+            "reduce_scatter": True,
+            "overlap_comm": self.device.type == "cuda",
+            "reduce_bucket_size": bucket,
+            "allgather_bucket_size": 2 * bucket,
+        }
+        if spec.offload and spec.zero:
+            zero["offload_optimizer"] = {"device": "cpu", "pin_memory": self.device.type == "cuda"}
+        config: dict[str, Any] = {
+            "train_micro_batch_size_per_gpu": spec.micro_batch,
+            "gradient_accumulation_steps": max(1, spec.global_batch // (spec.micro_batch * world)),
+            # Always said: left out, it is 1.0.
+            "gradient_clipping": spec.optim.clip if spec.zero else 0.0,
+            "zero_optimization": zero,
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,  # torch's own fused AdamW runs on the CPU and needs no compiler
+            "steps_per_print": None,
+        }
+        if spec.precision == "bf16":
+            config["bf16"] = {"enabled": True, "check_grad_overflow": True}
+            if spec.zero:
+                config["data_types"] = {"grad_accum_dtype": "fp32"}
+        return config
+
+    def _forget_empty_step(self) -> None:
+        """Adam's state, made and zeroed here: DeepSpeed makes it late, or by a step that would count."""
+        for group in self.adam.param_groups:
+            for parameter in group["params"]:
+                state = self.adam.state[parameter]
+                step_device = parameter.device if parameter.device.type == "cuda" else "cpu"
+                state["step"] = torch.zeros((), dtype=torch.float32, device=step_device)
+                for key in ("exp_avg", "exp_avg_sq"):
+                    state[key] = torch.zeros_like(parameter, memory_format=torch.preserve_format).detach()
+                parameter.grad = None
+        self.deepspeed.optimizer.zero_grad()
+
+
+def _counted(micro_batches: Sequence[Mapping[str, Tensor]]) -> list[list[int]]:
+    """This rank's supervised tokens, samples, filled and all token slots, one number a micro-batch."""
+    tokens = [int((batch["labels"][:, 1:] != IGNORED).sum()) for batch in micro_batches]
+    samples = [len(batch["input_ids"]) for batch in micro_batches]
+    filled = [int(batch["attention_mask"].sum()) for batch in micro_batches]
+    return [tokens, samples, filled, [batch["attention_mask"].numel() for batch in micro_batches]]
+
+
+def _register(registry: Any, name: str, groups: Groups) -> None:
+    """Give DeepSpeed our expert groups under the name it looks them up by, in place of its own."""
+    for table, group in (
+        ("_EXPERT_PARALLEL_GROUP", groups.expert_group),
+        ("_EXPERT_DATA_PARALLEL_GROUP", groups.expert_data_group),
+    ):
+        for known, value in ((table, group), (f"{table}_RANKS", dist.get_process_group_ranks(group))):
+            getattr(registry, known).clear()
+            getattr(registry, known)[name] = value
+
+
+def _announcement() -> nn.Module:
+    """An empty layer of DeepSpeed's own MoE class, by which alone DeepSpeed knows that a model has experts.
+
+    So that neither our layers nor a model without DeepSpeed need its class.
+    """
+    from deepspeed.moe.layer import MoE
+
+    class Announcement(MoE):  # type: ignore[misc]
+        num_experts = 1
+
+        def __init__(self) -> None:
+            nn.Module.__init__(self)
+
+        def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
+            pass
+
+    return Announcement()

@@ -1,0 +1,161 @@
+"""Training state as flat pieces of named tensors, whatever the world size, expert groups and ZeRO stage.
+
+Experts are stacked along the first dimension and a rank holds neighbours, so a rank's slice of an expert tensor is one
+flat range of the whole, and so is each part that ZeRO cuts from it. A piece is therefore a name, a kind and a range of
+the whole flattened tensor; two layouts differ only in where they cut.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from moe.optim import is_expert
+from moe.parallel import Groups
+
+MASTER = "master"  # the fp32 copy of a trainable parameter
+MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's averages of it
+FROZEN = "frozen"  # a parameter that does not train, or a buffer
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """A rank's part of one tensor: `tensor` is a 1-D view of the live state."""
+
+    name: str  # of the parameter in the model
+    kind: str
+    shape: tuple[int, ...]  # of the whole tensor, all experts
+    start: int  # where the part begins in the whole, flattened
+    tensor: Tensor
+    replica: int = 0  # which of the ranks that hold the same part this is,
+    replicas: int = 1  # and how many there are
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.tensor.numel()
+
+
+def held(model: nn.Module, optimizer: Any, adam: torch.optim.Optimizer, groups: Groups) -> list[Fragment]:
+    """All state this rank holds, in the order it lies in memory where DeepSpeed has flattened it."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    pieces: list[Fragment] = []
+    for parameter, master, moments, start, replicated in _trained(model, optimizer, adam):
+        whole = _place(names[id(parameter)], MASTER, parameter, groups)
+        whole = replace(whole, start=whole.start + start)
+        whole = whole if replicated else replace(whole, replica=0, replicas=1)
+        pieces.append(replace(whole, tensor=master))
+        pieces += [
+            replace(whole, kind=kind, tensor=moment) for kind, moment in zip(MOMENTS, moments, strict=True)
+        ]
+    pieces.sort(
+        key=lambda piece: (piece.kind != MASTER, piece.kind)
+    )  # stable: each kind is one run of memory
+    return pieces + frozen(model, groups)
+
+
+def frozen(model: nn.Module, groups: Groups) -> list[Fragment]:
+    """The parameters that do not train, and the buffers a state dict keeps."""
+    tensors: dict[str, Tensor] = {n: p for n, p in model.named_parameters() if not p.requires_grad}
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    kept = model.state_dict(keep_vars=True)
+    tensors |= {name: tensor for name, tensor in kept.items() if name not in parameters}
+    return [
+        _place(name, FROZEN, tensor, groups) for name, tensor in tensors.items() if torch.is_tensor(tensor)
+    ]
+
+
+def weights(model: nn.Module, groups: Groups) -> list[Fragment]:
+    """Every parameter and buffer of a model no engine has touched yet, as kind MASTER or FROZEN may fill it."""
+    own = [_place(name, MASTER, parameter, groups) for name, parameter in model.named_parameters()]
+    names = {piece.name for piece in own}
+    return own + [piece for piece in frozen(model, groups) if piece.name not in names]
+
+
+def shared_out(pieces: list[Fragment]) -> list[Fragment]:
+    """What this rank writes: its cut of what others hold too, so that all ranks write about as much.
+
+    The replicated pieces, laid end to end, are cut evenly; every replica sees the same pieces and finds its cut alone.
+    """
+    mine: list[Fragment] = [piece for piece in pieces if piece.replicas == 1]
+    for replica, replicas in sorted({(p.replica, p.replicas) for p in pieces if p.replicas > 1}):
+        alike = [piece for piece in pieces if (piece.replica, piece.replicas) == (replica, replicas)]
+        total = sum(piece.tensor.numel() for piece in alike)
+        first, last = total * replica // replicas, total * (replica + 1) // replicas
+        place = 0
+        for piece in alike:
+            left, right = max(first - place, 0), min(last - place, piece.tensor.numel())
+            if left < right:
+                mine.append(replace(piece, start=piece.start + left, tensor=piece.tensor[left:right]))
+            place += piece.tensor.numel()
+    return mine
+
+
+def refresh(optimizer: Any, adam: torch.optim.Optimizer) -> None:
+    """Copy the fp32 masters into the weights the model computes with, and gather these where they are cut up."""
+    if hasattr(optimizer, "update_lp_params"):  # BF16_Optimizer
+        optimizer.update_lp_params()
+    elif hasattr(optimizer, "parallel_partitioned_bit16_groups"):  # ZeRO 1 and 2
+        for group, parts in enumerate(optimizer.parallel_partitioned_bit16_groups):
+            ranks = optimizer.real_dp_process_group[group]
+            mine = parts[dist.get_rank(ranks)]
+            mine.data.copy_(adam.param_groups[group]["params"][0].data)
+            dist.all_gather_into_tensor(
+                optimizer.bit16_groups_flat[group].data, mine.data.clone(), group=ranks
+            )
+    elif hasattr(optimizer, "fp32_groups"):  # bf16 without ZeRO
+        for low, high in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
+            for weight, master in zip(low, high, strict=True):
+                weight.data.copy_(master.data)
+
+
+Trained = tuple[nn.Parameter, Tensor, list[Tensor], int, bool]
+
+
+def _trained(model: nn.Module, optimizer: Any, adam: torch.optim.Optimizer) -> Iterator[Trained]:
+    """Parameter, its fp32 part here, Adam's averages of that, where in it the part begins, whether replicated."""
+    flat_groups = getattr(optimizer, "bit16_groups", None) or getattr(optimizer, "bf16_groups", None)
+    if flat_groups is not None:  # ZeRO 1 and 2: one flat fp32 tensor a group, cut evenly over its ranks
+        for group, parameters in enumerate(flat_groups):
+            flat = adam.param_groups[group]["params"][0]
+            for parameter in parameters:
+                mapping = parameter._hp_mapping
+                if mapping is None:  # no part of it is here
+                    continue
+                here, there = mapping.hp_fragment_address, mapping.lp_fragment_address
+                cut = slice(here.start, here.start + here.numel)
+                moments = [adam.state[flat][kind][cut] for kind in MOMENTS]
+                yield parameter, flat.detach()[cut], moments, there.start, False
+    elif hasattr(optimizer, "fp32_groups"):  # bf16 without ZeRO
+        for low, high in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
+            for parameter, master in zip(low, high, strict=True):
+                moments = [adam.state[master][kind].view(-1) for kind in MOMENTS]
+                yield parameter, master.detach().view(-1), moments, 0, True
+    else:
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                moments = [adam.state[parameter][kind].view(-1) for kind in MOMENTS]
+                yield parameter, parameter.detach().view(-1), moments, 0, True
+
+
+def _place(name: str, kind: str, tensor: Tensor, groups: Groups) -> Fragment:
+    """A whole local tensor as a part of the one that all experts' ranks make up."""
+    flat = tensor.detach().view(-1)
+    if groups.expert_parallel > 1 and isinstance(tensor, nn.Parameter) and is_expert(tensor):
+        rest = tuple(tensor.shape[1:])
+        each = flat.numel() // tensor.shape[0]
+        copies = groups.world // groups.expert_parallel
+        return Fragment(
+            name,
+            kind,
+            (tensor.expert_total, *rest),  # type: ignore[attr-defined]
+            tensor.expert_offset * each,  # type: ignore[attr-defined]
+            flat,
+            groups.rank // groups.expert_parallel,
+            copies,
+        )
+    return Fragment(name, kind, tuple(tensor.shape), 0, flat, groups.rank, groups.world)
