@@ -1,9 +1,10 @@
 """Save and restore training, by all ranks at once, on this layout or another.
 
-Each rank writes one file of what it alone holds of the optimizer and one of its cut of the frozen weights, as plain
-bytes, and an index of which tensor's which range lies where. Restoring asks for ranges of tensors by name, so world
-size, expert groups and ZeRO stage may differ; on the same layout the ranges are those written, and a file is read in
-one go into place. Trainable weights are kept in fp32 alone: what the model computes with is their rounding.
+Each rank writes one file of what it alone holds of the optimizer and one of its cut of the frozen weights,
+as plain bytes, and an index of which tensor's which range lies where. Restoring asks for ranges of tensors
+by name, so world size, expert groups and ZeRO stage may differ; on the same layout the ranges are those
+written, and a file is read in one go into place. Trainable weights are kept in fp32 alone: what the model
+computes with is their rounding.
 """
 
 from __future__ import annotations
@@ -57,9 +58,9 @@ class Checkpoints:
     ) -> Checkpoint:
         """Save and wait until it is complete.
 
-        `guard` is called on rank 0 when all is written, just before the checkpoint gets its name: what it raises
-        undoes the save and is raised, so that an attempt which lost its lease changes nothing. Raises CheckpointError
-        for a full disk and the like; earlier checkpoints are as they were.
+        `guard` is called on rank 0 when all is written, just before the checkpoint gets its name: what it
+        raises undoes the save and is raised, so that an attempt which lost its lease changes nothing. Raises
+        CheckpointError for a full disk and the like; earlier checkpoints are as they were.
         """
         self._begin(step, engine, extra, guard, background=False)
         checkpoint = self.settle()
@@ -71,7 +72,9 @@ class Checkpoints:
         self._begin(step, engine, extra, guard, background=True)
 
     def ready(self) -> bool:
-        """Whether a save is under way whose part on this rank is written; `settle` will then not wait for it."""
+        """Whether a save is under way whose part on this rank is written; `settle` will then not wait for
+        it.
+        """
         return self._save is not None and self._save.done()
 
     @property
@@ -95,6 +98,7 @@ class Checkpoints:
                 own = raised
                 storage.remove(save.partial)
                 outcome = (None, str(raised))
+        checkpoint: Checkpoint | None
         checkpoint, words = self._from_first(outcome)
         if own is not None:
             raise own
@@ -150,8 +154,8 @@ class Checkpoints:
             free = f" ({room.f_bavail * room.f_frsize / 1e9:.1f} GB are free there)"
         return (
             f"{storage.folder_name(step)} was not saved under {self.folder}{free}: {'; '.join(reasons)}. "
-            f"Earlier checkpoints are untouched: {newest}. If the disk or quota is full, make room or lower train.keep "
-            f"({self.keep}; one more is on disk during a save), then submit again: the run goes on from there."
+            f"Earlier checkpoints are untouched: {newest}. If the disk or quota is full, make room or lower "
+            f"train.keep ({self.keep}; one more is on disk during a save), then submit again: the run goes on."
         )
 
     # --- finding and restoring ---
@@ -185,7 +189,8 @@ class Checkpoints:
         return None
 
     def restore(self, checkpoint: Checkpoint, engine: Engine) -> dict[str, Any]:
-        """Bring the engine to the checkpoint's state, whatever layout wrote it; what `save` was given as extra.
+        """Bring the engine to the checkpoint's state, whatever layout wrote it; what `save` was given as
+        extra.
 
         Random states are each rank's own on the same number of ranks, else drawn from the first's. Raises
         CheckpointError when the checkpoint is of another model, or trained other parameters.
@@ -223,7 +228,7 @@ class Checkpoints:
     def _from_first(self, value: Any) -> Any:
         if self.groups.world == 1:
             return value
-        values = [value]
+        values: list[Any] = [value]
         dist.broadcast_object_list(values, src=0, group=self.groups.control)
         return values[0]
 
@@ -313,9 +318,11 @@ class _Save:
             self._error = f"{name}: {type(error).__name__}: {error}"
 
     def _write_frozen(self, path: Path) -> dict[str, Any]:
-        """Frozen weights never change, so the save before the last has them on disk already: one more name for that file.
+        """Frozen weights never change, so the save before the last has them on disk already: one more name
+        for that file.
 
-        Not the last save's: two neighbouring checkpoints share no bytes, so that a corrupt one can fall back.
+        Not the last save's: two neighbouring checkpoints share no bytes, so that a corrupt one can fall
+        back.
         """
         if self._link is not None:
             source, said = self._link

@@ -1,9 +1,10 @@
-"""One optimizer step over DeepSpeed: forward, backward, gradients averaged over the right ranks, clip, update.
+"""One optimizer step over DeepSpeed: forward, backward, gradients averaged over the right ranks, clip,
+update.
 
-The loss of a step is the cross entropy summed over all its supervised tokens, on all ranks and micro-batches, over
-their number: what one process with one big batch would compute, however the tokens fall. DeepSpeed averages
-gradients over all ranks, experts' too (each rank's experts have seen the tokens of their whole expert group), so each
-rank scales its own sum by ranks / tokens.
+The loss of a step is the cross entropy summed over all its supervised tokens, on all ranks and
+micro-batches, over their number: what one process with one big batch would compute, however the tokens fall.
+DeepSpeed averages gradients over all ranks, experts' too (each rank's experts have seen the tokens of their
+whole expert group), so each rank scales its own sum by ranks / tokens.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import math
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, cast, runtime_checkable
 
 import torch
 import torch.distributed as dist
@@ -27,6 +28,9 @@ from moe.optim import EXPERT_GROUP, is_expert, parameter_groups, rate
 from moe.parallel import Groups
 from moe.spec import MoESpec, TrainSpec
 
+if TYPE_CHECKING:
+    from moe.vlm import VLM
+
 IGNORED = -100  # a label that is not learnt
 PATIENCE = 10  # steps in a row whose gradients may be inf or nan before training stops
 
@@ -36,9 +40,11 @@ class EngineError(RuntimeError):
 
 
 class Objective(nn.Module):
-    """The model with its loss as the one thing it returns, which DeepSpeed hooks into; what else it says is summed here.
+    """The model with its loss as the one thing it returns, which DeepSpeed hooks into; what else it says is
+    summed here.
 
-    `losses` (float32 [3]): cross entropy, balancing losses, what routers add to the loss; `counts`: tokens by expert.
+    `losses` (float32 [3]): cross entropy, balancing losses, what routers add to the loss; `counts`: tokens
+    by expert.
     """
 
     def __init__(self, vlm: nn.Module) -> None:
@@ -49,7 +55,7 @@ class Objective(nn.Module):
     def begin(self, ce_scale: float = 1.0, router_scale: float = 1.0) -> None:
         """Start a step."""
         self.ce_scale, self.router_scale = ce_scale, router_scale
-        self.losses: Tensor | None = None
+        self.losses = torch.zeros(3)
         self.counts: list[Tensor] = []
 
     def forward(self, **batch: Tensor) -> Tensor:
@@ -60,7 +66,7 @@ class Objective(nn.Module):
         router = torch.zeros_like(ce) if output.router_loss is None else output.router_loss
         losses = torch.stack([ce.detach().float(), aux, router.detach().float()])
         layers = [layer.detach().to(torch.float64) for layer in output.expert_counts]
-        self.losses = losses if self.losses is None else self.losses + losses
+        self.losses = self.losses.to(losses.device) + losses
         self.counts = [a + b for a, b in zip(self.counts, layers, strict=True)] if self.counts else layers
         return ce * self.ce_scale + router * self.router_scale
 
@@ -93,8 +99,8 @@ class Engine:
             )
         if spec.zero == 3 and groups.expert_parallel > 1:
             raise EngineError(
-                f"train.zero is 3, but moe.expert_parallel is {groups.expert_parallel}: ZeRO 3 would cut up experts "
-                "that are already spread over ranks. Set train.zero to 2, or moe.expert_parallel to 1."
+                f"train.zero is 3, but moe.expert_parallel is {groups.expert_parallel}: ZeRO 3 would cut up "
+                "experts that are already spread over ranks. Set train.zero to 2, or moe.expert_parallel to 1."
             )
         if isinstance(vlm, Recomputing):
             vlm.recompute(spec.recompute)
@@ -103,10 +109,10 @@ class Engine:
         if spec.optim.projector_lr:
             from moe.vlm import parts
 
-            projector = parts(vlm)["projector"]
+            projector = parts(cast("VLM", vlm))["projector"]
         self.adam = torch.optim.AdamW(
             parameter_groups(vlm, spec.optim, expert_parallel=groups.expert_parallel, projector=projector),
-            lr=0.0,  # until the first step: DeepSpeed may take an empty step to allocate its state
+            lr=0.0,  # until the first step: DeepSpeed may take an empty one to allocate its state
             betas=spec.optim.betas,
             eps=spec.optim.eps,
             fused=True,
@@ -120,10 +126,10 @@ class Engine:
     def train_step(self, micro_batches: Sequence[Mapping[str, Tensor]]) -> dict[str, Any]:
         """Train on one step's micro-batches; every rank calls it with as many of them.
 
-        Returns what all ranks saw together: loss, ce (mean over supervised tokens), aux (mean over micro-batches of
-        the sum over layers), lr, grad_norm (before clipping), tokens (supervised), samples, padding (share of token
-        slots), and moe/layer{i}/counts. A step in which no rank has a supervised token, or whose gradients are not
-        finite, changes no weight.
+        Returns what all ranks saw together: loss, ce (mean over supervised tokens), aux (mean over
+        micro-batches of the sum over layers), lr, grad_norm (before clipping), tokens (supervised), samples,
+        padding (share of token slots), and moe/layer{i}/counts. A step in which no rank has a supervised
+        token, or whose gradients are not finite, changes no weight.
         """
         tokens, samples, filled, slots = self.groups.total(
             *(sum(column) for column in _counted(micro_batches))
@@ -137,7 +143,8 @@ class Engine:
         for place, batch in enumerate(micro_batches):
             self.deepspeed.set_gradient_accumulation_boundary(place == len(micro_batches) - 1)
             loss = self.deepspeed(**{name: tensor.to(self.device) for name, tensor in batch.items()})
-            # A tensor of its own: DeepSpeed's hook on the one it returned would divide by the accumulation steps.
+            # A tensor of its own: DeepSpeed's hook on the one it returned would divide by the accumulation
+            # steps.
             self.deepspeed.backward(loss.clone(), scale_wrt_gas=False)
         norm = self._update()
         self.step += 1
@@ -159,7 +166,8 @@ class Engine:
         if self.spec.zero:
             self.deepspeed.step()
             return float(self.deepspeed.get_global_grad_norm())
-        # Without ZeRO, DeepSpeed clips by the norm of the dense gradients alone, and only when asked has a norm.
+        # Without ZeRO, DeepSpeed clips by the norm of the dense gradients alone, and only when asked has a
+        # norm.
         norm = self._grad_norm()
         if math.isfinite(norm):
             if 0 < self.spec.optim.clip < norm:
@@ -186,7 +194,9 @@ class Engine:
         return float((dense + experts).sqrt())
 
     def _together(self, sums: Tensor, counts: list[Tensor]) -> tuple[list[float], list[list[int]]]:
-        """Everything a step reports, summed over ranks in one all-reduce and fetched in one synchronisation."""
+        """Everything a step reports, summed over ranks in one all-reduce and fetched in one
+        synchronisation.
+        """
         flat = torch.cat([sums.double(), *(layer.to(sums.device) for layer in counts)])
         if self.groups.world > 1:
             dist.all_reduce(flat, group=self.groups.data_group)
@@ -201,8 +211,9 @@ class Engine:
         self.skipped = 0 if math.isfinite(norm) else self.skipped + 1
         if self.skipped >= PATIENCE:
             raise EngineError(
-                f"The gradients were inf or nan in each of the last {PATIENCE} steps (loss {ce} at step {self.step}), "
-                "so no weight changed. Lower train.optim.lr, set train.optim.clip, or look at the data of these steps."
+                f"The gradients were inf or nan in each of the last {PATIENCE} steps (loss {ce} at step "
+                f"{self.step}), so no weight changed. Lower train.optim.lr, set train.optim.clip, or look at "
+                "the data of these steps."
             )
 
     # --- what a checkpoint keeps ---
@@ -279,7 +290,7 @@ class Engine:
             "gradient_clipping": spec.optim.clip if spec.zero else 0.0,
             "zero_optimization": zero,
             "zero_allow_untested_optimizer": True,
-            "zero_force_ds_cpu_optimizer": False,  # torch's own fused AdamW runs on the CPU and needs no compiler
+            "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW runs on CPUs, uncompiled
             "steps_per_print": None,
         }
         if spec.precision == "bf16":

@@ -1,8 +1,8 @@
 """Training state as flat pieces of named tensors, whatever the world size, expert groups and ZeRO stage.
 
-Experts are stacked along the first dimension and a rank holds neighbours, so a rank's slice of an expert tensor is one
-flat range of the whole, and so is each part that ZeRO cuts from it. A piece is therefore a name, a kind and a range of
-the whole flattened tensor; two layouts differ only in where they cut.
+Experts are stacked along the first dimension and a rank holds neighbours, so a rank's slice of an expert
+tensor is one flat range of the whole, and so is each part that ZeRO cuts from it. A piece is therefore a
+name, a kind and a range of the whole flattened tensor; two layouts differ only in where they cut.
 """
 
 from __future__ import annotations
@@ -70,7 +70,9 @@ def frozen(model: nn.Module, groups: Groups) -> list[Fragment]:
 
 
 def weights(model: nn.Module, groups: Groups) -> list[Fragment]:
-    """Every parameter and buffer of a model no engine has touched yet, as kind MASTER or FROZEN may fill it."""
+    """Every parameter and buffer of a model no engine has touched yet, as kind MASTER or FROZEN may fill
+    it.
+    """
     own = [_place(name, MASTER, parameter, groups) for name, parameter in model.named_parameters()]
     names = {piece.name for piece in own}
     return own + [piece for piece in frozen(model, groups) if piece.name not in names]
@@ -79,7 +81,8 @@ def weights(model: nn.Module, groups: Groups) -> list[Fragment]:
 def shared_out(pieces: list[Fragment]) -> list[Fragment]:
     """What this rank writes: its cut of what others hold too, so that all ranks write about as much.
 
-    The replicated pieces, laid end to end, are cut evenly; every replica sees the same pieces and finds its cut alone.
+    The replicated pieces, laid end to end, are cut evenly; every replica sees the same pieces and finds its
+    cut alone.
     """
     mine: list[Fragment] = [piece for piece in pieces if piece.replicas == 1]
     for replica, replicas in sorted({(p.replica, p.replicas) for p in pieces if p.replicas > 1}):
@@ -96,7 +99,9 @@ def shared_out(pieces: list[Fragment]) -> list[Fragment]:
 
 
 def refresh(optimizer: Any, adam: torch.optim.Optimizer) -> None:
-    """Copy the fp32 masters into the weights the model computes with, and gather these where they are cut up."""
+    """Copy the fp32 masters into the weights the model computes with, and gather these where they are cut
+    up.
+    """
     if hasattr(optimizer, "update_lp_params"):  # BF16_Optimizer
         optimizer.update_lp_params()
     elif hasattr(optimizer, "parallel_partitioned_bit16_groups"):  # ZeRO 1 and 2
@@ -117,7 +122,9 @@ Trained = tuple[nn.Parameter, Tensor, list[Tensor], int, bool]
 
 
 def _trained(model: nn.Module, optimizer: Any, adam: torch.optim.Optimizer) -> Iterator[Trained]:
-    """Parameter, its fp32 part here, Adam's averages of that, where in it the part begins, whether replicated."""
+    """Parameter, its fp32 part here, Adam's averages of that, where in it the part begins, whether
+    replicated.
+    """
     flat_groups = getattr(optimizer, "bit16_groups", None) or getattr(optimizer, "bf16_groups", None)
     if flat_groups is not None:  # ZeRO 1 and 2: one flat fp32 tensor a group, cut evenly over its ranks
         for group, parameters in enumerate(flat_groups):

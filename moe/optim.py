@@ -19,8 +19,9 @@ EXPERT_GROUP = "ep_size_{}"  # the name DeepSpeed derives from the number of ran
 def rate(spec: OptimSpec, step: int, total_steps: int) -> float:
     """The share of the peak learning rate used by update `step` (0 is the first): in [0, 1].
 
-    Linear warm-up from 0 over ceil(warmup * total) steps, then half a cosine or a line to 0: what transformers'
-    get_cosine_schedule_with_warmup and get_linear_schedule_with_warmup compute, which the reference trains with.
+    Linear warm-up from 0 over ceil(warmup * total) steps, then half a cosine or a line to 0: what
+    transformers' get_cosine_schedule_with_warmup and get_linear_schedule_with_warmup compute, which the
+    reference trains with.
     """
     warmup = math.ceil(spec.warmup * total_steps)
     if step < warmup:
@@ -54,8 +55,8 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """The trainable parameters by peak rate, decay, and whether their gradients belong to an expert group.
 
-    `peak` is the group's own learning rate. Expert groups carry the two keys by which DeepSpeed knows them: `moe`,
-    and the name of the process group that holds the same experts.
+    `peak` is the group's own learning rate. Expert groups carry the two keys by which DeepSpeed knows them:
+    `moe`, and the name of the process group that holds the same experts.
     """
     plain = undecayed(model)
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}

@@ -1,8 +1,9 @@
 """Process groups: all ranks, those that share one set of experts, and those that hold the same experts.
 
 Ranks of one expert group are neighbours (0..E-1, E..2E-1, ...), so that the all-to-all stays inside a node
-while E is no more than its GPUs. `control` is a gloo group of all ranks: flags and counts travel there without
-a GPU sync. A world of one has no groups: whoever communicates asks `groups.world` or `groups.expert_parallel`.
+while E is no more than its GPUs. `control` is a gloo group of all ranks: flags and counts travel there
+without a GPU sync. A world of one has no groups: whoever communicates asks `groups.world` or
+`groups.expert_parallel`.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ class ParallelError(RuntimeError):
 
 @dataclass(frozen=True)
 class Groups:
-    """Where this rank stands: with n experts a rank, it holds experts [expert_rank * n, (expert_rank + 1) * n)."""
+    """Where this rank stands: with n experts a rank, it holds experts [expert_rank * n, (expert_rank + 1)
+    * n).
+    """
 
     rank: int
     world: int
@@ -44,14 +47,15 @@ class Groups:
     def create(expert_parallel: int = 1) -> Groups:
         """Join the ranks that RANK, WORLD_SIZE, ... name (alone when they are not set); collective.
 
-        Raises ParallelError when expert_parallel does not divide the ranks or the launcher set only some of these.
+        Raises ParallelError when expert_parallel does not divide the ranks or the launcher set only some of
+        these.
         """
         start()
         rank, world = dist.get_rank(), dist.get_world_size()
         if expert_parallel < 1 or world % expert_parallel:
             raise ParallelError(
-                f"moe.expert_parallel is {expert_parallel}, but there are {world} ranks, not a multiple of it. "
-                f"Set it to one of {', '.join(str(n) for n in range(1, world + 1) if world % n == 0)}."
+                f"moe.expert_parallel is {expert_parallel}, but there are {world} ranks, not a multiple of "
+                f"it. Set it to one of {', '.join(str(n) for n in range(1, world + 1) if world % n == 0)}."
             )
         if world == 1:
             return Groups.single()
@@ -111,7 +115,9 @@ def device() -> torch.device:
 
 
 def start() -> None:
-    """Start torch.distributed once: from the launcher's environment, or as a world of one where there is none."""
+    """Start torch.distributed once: from the launcher's environment, or as a world of one where there is
+    none.
+    """
     if dist.is_initialized():
         return
     here = device()
@@ -121,13 +127,20 @@ def start() -> None:
     given = [name for name in RENDEZVOUS if os.environ.get(name)]
     if not {"RANK", "WORLD_SIZE"} & set(given):
         # No launcher: a store in this process needs no port, so two such runs on one machine cannot meet.
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
+        dist.init_process_group(
+            backend,
+            store=dist.HashStore(),  # type: ignore[attr-defined]
+            rank=0,
+            world_size=1,
+            timeout=TIMEOUT,
+        )
         return
     missing = [name for name in RENDEZVOUS if name not in given]
     if missing:
         raise ParallelError(
             f"The launcher set {', '.join(given)} but not {', '.join(missing)}. Each rank needs all of "
             f"{', '.join(RENDEZVOUS)} in its environment; with srun: RANK=$SLURM_PROCID, "
-            "LOCAL_RANK=$SLURM_LOCALID, WORLD_SIZE=$SLURM_NTASKS, MASTER_ADDR=the first host, MASTER_PORT=one free port."
+            "LOCAL_RANK=$SLURM_LOCALID, WORLD_SIZE=$SLURM_NTASKS, MASTER_ADDR=the first host, "
+            "MASTER_PORT=one free port."
         )
     dist.init_process_group(backend, timeout=TIMEOUT)

@@ -1,7 +1,7 @@
 """Fragments on disk: laid end to end as plain bytes, with an index by name; read back by ranges.
 
-Neighbours in a file that are neighbours in memory too are written and read as one: thousands of small tensors that
-DeepSpeed has flattened cost no more than one large one.
+Neighbours in a file that are neighbours in memory too are written and read as one: thousands of small
+tensors that DeepSpeed has flattened cost no more than one large one.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ BOUNCE = 64 << 20  # bytes moved at once between a GPU and a file
 
 
 def layout(pieces: list[Fragment], file: str) -> dict[str, Any]:
-    """The index of pieces written end to end to one file: {file: {name: {kind: [dtype, shape, [start, stop, offset]...]}}}."""
+    """The index of pieces written end to end to one file: {file: {name: {kind: [dtype, shape, [start,
+    stop, offset]...]}}}.
+    """
     names: dict[str, dict[str, list[Any]]] = {}
     offset = 0
     for piece in pieces:
@@ -41,10 +43,11 @@ def runs(pieces: list[Fragment]) -> Iterator[memoryview]:
     for tensor in _joined([piece.tensor for piece in pieces]):
         flat = tensor.view(torch.uint8)
         if flat.device.type == "cpu":
-            yield memoryview(flat.numpy())
+            yield _bytes(flat)
         else:
-            for part in flat.split(BOUNCE):
-                yield memoryview(part.cpu().numpy())
+            for first in range(0, flat.numel(), BOUNCE):
+                part = flat[first : first + BOUNCE]
+                yield _bytes(part.cpu())
 
 
 def staged(pieces: list[Fragment], buffer: Tensor | None) -> tuple[Tensor, list[memoryview]]:
@@ -63,7 +66,12 @@ def staged(pieces: list[Fragment], buffer: Tensor | None) -> tuple[Tensor, list[
         place += flat.numel()
     if on_gpu:
         torch.cuda.current_stream().synchronize()
-    return buffer, [memoryview(buffer.numpy())[:size]]
+    return buffer, [_bytes(buffer)[:size]]
+
+
+def _bytes(flat: Tensor) -> memoryview:
+    """The memory of a uint8 tensor on the CPU."""
+    return memoryview(flat.numpy())  # type: ignore[arg-type]
 
 
 def _joined(tensors: list[Tensor]) -> Iterator[Tensor]:
@@ -121,13 +129,13 @@ class Index(dict[tuple[str, str], Stored]):
 def fill(pieces: list[Fragment], index: Index, *, strict: bool) -> None:
     """Read every piece's range into place. Raises CheckpointError, in words, before anything is read.
 
-    `strict`: optimizer state must be there for what trains. Otherwise weights alone are wanted, and a frozen or a
-    trained tensor's will do alike.
+    `strict`: optimizer state must be there for what trains. Otherwise weights alone are wanted, and a frozen
+    or a trained tensor's will do alike.
     """
     reads: list[tuple[Path, int, Tensor, torch.dtype]] = []
     missing, misshaped = [], []
     for piece in pieces:
-        kinds = (piece.kind,)
+        kinds: tuple[str, ...] = (piece.kind,)
         if piece.kind == FROZEN or not strict:
             kinds = (MASTER, FROZEN)
         stored = next((index[piece.name, kind] for kind in kinds if (piece.name, kind) in index), None)
@@ -157,8 +165,8 @@ def _reads(piece: Fragment, stored: Stored) -> Iterator[tuple[Path, int, Tensor,
         place = end
     if place < piece.stop:
         raise CheckpointError(
-            f"{piece.name} ({piece.kind}): nothing there holds its elements {place} to {piece.stop}; the checkpoint "
-            "was written by ranks of different models"
+            f"{piece.name} ({piece.kind}): nothing there holds its elements {place} to {piece.stop}; the "
+            "checkpoint was written by ranks of different models"
         )
 
 
@@ -168,8 +176,8 @@ def _mismatch(missing: list[Fragment], misshaped: list[str], index: Index) -> st
     absent = sorted({p.name for p in missing if (p.name, FROZEN) not in index})
     if frozen:
         words.append(
-            f"{_some(frozen)} did not train when it was written and do now: continue with the same trained parts, or "
-            "start a new run from its weights"
+            f"{_some(frozen)} did not train when it was written and do now: continue with the same trained "
+            "parts, or start a new run from its weights"
         )
     if absent:
         words.append(f"it has no {_some(absent)}: it is of another model")
@@ -235,7 +243,7 @@ def _read_into(descriptor: int, file: Path, offset: int, target: Tensor, dtype: 
 
 
 def _read_bytes(descriptor: int, file: Path, offset: int, target: Tensor) -> None:
-    view = memoryview(target.numpy())
+    view = _bytes(target)
     while view:
         count = os.preadv(descriptor, [view], offset)
         if count == 0:

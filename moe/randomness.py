@@ -26,7 +26,9 @@ def state() -> dict[str, Any]:
 
 
 def restore(states: dict[str, Any], step: int, rank: int) -> None:
-    """Take up `states`, which are this rank's own if `own`; else draw new ones, each rank's different, from them."""
+    """Take up `states`, which are this rank's own if `own`; else draw new ones, each rank's different,
+    from them.
+    """
     if not states["own"]:
         drawn = hashlib.blake2b(f"{states['torch']} {step} {rank}".encode(), digest_size=4).digest()
         seed = int.from_bytes(drawn, "big")

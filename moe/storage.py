@@ -1,8 +1,10 @@
-"""What makes a folder a checkpoint, and how one comes to be and goes; standard library only, for the login node too.
+"""What makes a folder a checkpoint, and how one comes to be and goes; standard library only, for the login
+node too.
 
-A folder `step_00000100` is a checkpoint when its COMPLETE file says so: written last, with the size and digest of
-every other file. It is made under another name and renamed when all is on disk, so that a process killed at any moment
-leaves either no such folder or a whole one; nothing old is removed before the new one stands.
+A folder `step_00000100` is a checkpoint when its COMPLETE file says so: written last, with the size and
+digest of every other file. It is made under another name and renamed when all is on disk, so that a process
+killed at any moment leaves either no such folder or a whole one; nothing old is removed before the new one
+stands.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+xxhash: Any
 try:  # 10 times faster than the standard library's, and enough against faults of disks and networks
     import xxhash
 except ImportError:
@@ -71,8 +74,8 @@ def folder_name(step: int) -> str:
 def describe(path: Path) -> dict[str, Any]:
     """What COMPLETE says: version, step, world, layout, updates, extra, and each file's size and digest.
 
-    Raises CheckpointError when the folder is no complete checkpoint, or a file is missing or of another size; contents
-    are not read (`faults` reads them).
+    Raises CheckpointError when the folder is no complete checkpoint, or a file is missing or of another
+    size; contents are not read (`faults` reads them).
     """
     path = Path(path)
     if not path.is_dir():
@@ -132,7 +135,9 @@ def faults(path: Path, record: dict[str, Any], names: Iterable[str]) -> list[str
 
 
 def found(folder: Path) -> list[Checkpoint]:
-    """The folders under `folder` that are named as checkpoints, newest first; whether they are whole is not checked."""
+    """The folders under `folder` that are named as checkpoints, newest first; whether they are whole is
+    not checked.
+    """
     if not folder.is_dir():
         return []
     named = ((STEP.fullmatch(entry.name), entry) for entry in folder.iterdir())
@@ -189,13 +194,8 @@ def flush_folder(folder: Path) -> None:
 
 
 def start(folder: Path, step: int) -> Path:
-    """A new, empty folder to write a checkpoint into; what earlier attempts left unfinished is removed."""
+    """A new, empty folder to write a checkpoint into, under a name no other attempt uses."""
     folder.mkdir(parents=True, exist_ok=True)
-    recover(folder)
-    for entry in folder.iterdir():
-        if PARTIAL in entry.name:
-            shutil.rmtree(entry, ignore_errors=True)
-    # A name of its own: a process of an earlier attempt that still writes finds its folder gone.
     partial = folder / f".{folder_name(step)}{PARTIAL}{os.urandom(4).hex()}"
     partial.mkdir()
     return partial
@@ -223,8 +223,14 @@ def publish(partial: Path, step: int) -> Checkpoint:
 
 
 def recover(folder: Path) -> None:
-    """Undo a replacement that was cut off between its two renames."""
+    """At the start of an attempt: remove what earlier ones left unfinished, undo a replacement cut off
+    half-way.
+
+    Not at each save: a process of an earlier attempt that is still alive would remove its successor's.
+    """
     for entry in list(folder.iterdir()) if folder.is_dir() else []:
+        if PARTIAL in entry.name:
+            shutil.rmtree(entry, ignore_errors=True)
         if REPLACED not in entry.name:
             continue
         target = folder / entry.name.removeprefix(".").partition(REPLACED)[0]
@@ -244,7 +250,9 @@ def set_aside(path: Path) -> None:
 
 
 def prune(folder: Path, newest: Checkpoint, keep: int) -> None:
-    """Remove the complete checkpoints before the `keep` newest, up to and including `newest`, which must be whole."""
+    """Remove the complete checkpoints before the `keep` newest, up to and including `newest`, which must
+    be whole.
+    """
     older = [checkpoint for checkpoint in found(folder) if checkpoint.step < newest.step]
     for checkpoint in older[keep - 1 :]:
         remove(checkpoint.path)

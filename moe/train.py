@@ -1,7 +1,8 @@
 """The loop: steps, what they report, when they are saved, and how all ranks stop at the same one.
 
-A stop is asked for by any rank (a signal has set its flag) and agreed on between steps by one small all-reduce; all
-then save the same step. There is no clean-up that waits for other ranks: after a fault they are not there.
+A stop is asked for by any rank (a signal has set its flag) and agreed on between steps by one small
+all-reduce; all then save the same step. There is no clean-up that waits for other ranks: after a fault they
+are not there.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ class Tracker(Protocol):
         """Record that a checkpoint is complete."""
 
     def finish(self, outcome: str) -> None:
-        """Record how it ended: finished, preempted or failed. The caller of `fit` says so: it sees faults too."""
+        """Record how it ended: finished, preempted or failed. The caller of `fit` says so: it sees faults
+        too.
+        """
 
 
 class Loader(Protocol):

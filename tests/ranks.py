@@ -1,7 +1,8 @@
 """Run a test function on several ranks at once: real gloo processes on this machine.
 
-A rank leaves by os._exit once its function has returned: with subgroups alive, torch's own teardown aborts now
-and then. A rank that raises leaves its traceback behind, and the others are ended: they would wait forever.
+A rank leaves by os._exit once its function has returned: with subgroups alive, torch's own teardown aborts
+now and then. A rank that raises leaves its traceback behind, and the others are ended: they would wait
+forever.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ def ranks(world: int, timeout: float = 120.0) -> Callable[..., list[Any]]:
     """`ranks(2)(function, *args)` calls the function on 2 ranks and returns what each returned, by rank.
 
     Ranks are forked, so that any function will do, and see RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and
-    MASTER_PORT; what they return is pickled. Raises AssertionError with the first failing rank's traceback, or
-    when they take longer than `timeout` seconds.
+    MASTER_PORT; what they return is pickled. Raises AssertionError with the first failing rank's traceback,
+    or when they take longer than `timeout` seconds.
     """
 
     def run(function: Callable[..., Any], *args: Any) -> list[Any]:

@@ -1,7 +1,8 @@
-"""A model of a few thousand parameters with experts on several ranks, and data for it: for tests of the training alone.
+"""A model of a few thousand parameters with experts on several ranks, and data for it: for tests of the
+training alone.
 
-Every token goes to every expert, weighted by a softmax, so that no dropped token hides a wrong gradient; tokens travel
-by an all-gather, experts' answers by an all-reduce.
+Every token goes to every expert, weighted by a softmax, so that no dropped token hides a wrong gradient;
+tokens travel by an all-gather, experts' answers by an all-reduce.
 """
 
 from __future__ import annotations

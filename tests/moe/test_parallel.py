@@ -90,7 +90,7 @@ def raises_on_one():
 
 
 def test_ranks_shows_the_failing_rank_and_does_not_wait_for_the_rest():
-    with pytest.raises(AssertionError, match="rank 1 of 2(?s:.)*rank one is unwell"):
+    with pytest.raises(AssertionError, match=r"rank 1 of 2(?s:.)*rank one is unwell"):
         ranks(2)(raises_on_one)
 
 
