@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -313,32 +314,22 @@ def attention(spec: ModelSpec, dtype: Any) -> str:
     return spec.attention
 
 
-def load_language(spec: ModelSpec, *, vocab_size: int, seed: int, dtype: Any) -> Any:
+def load_language(spec: ModelSpec, *, vocab_size: int, seed: int, dtype: Any, filled: bool = True) -> Any:
     """The causal language model, on the CPU, in `dtype`: random from `seed`, or from its weights.
 
-    Weights are read tensor by tensor straight into `dtype`; no fp32 copy of the whole is ever held.
+    Weights are read tensor by tensor straight into `dtype`; no fp32 copy of the whole is ever held. Without
+    `filled` only the structure is made, from the config alone: a checkpoint is about to fill it.
     """
+    import transformers
+
     row = language(spec)
-    name = spec.weights or row.hub
+    name, implementation = spec.weights or row.hub, attention(spec, dtype)
     if spec.random:
         config = language_config(row.model_type, {**row.config, "vocab_size": vocab_size})
-        implementation = attention(spec, dtype)
-        try:
-            model = _random(lambda: _causal(config, implementation, dtype), seed)
-        except (ArithmeticError, TypeError, ValueError) as wrong:
-            raise BackboneError(
-                f"model.config: no {row.model_type} can be built from it: {wrong}; see that hidden_size is a "
-                "multiple of num_attention_heads, and that of num_key_value_heads"
-            ) from wrong
     elif row.own_config:
         config = language_config(row.model_type, row.config)
-        model = _from_tensors(spec, row, config, name, dtype)
     else:
-        import transformers
-
-        config = _found(
-            "model.weights", name, lambda **kw: transformers.AutoConfig.from_pretrained(name, **kw)
-        )
+        config = _found("model.weights", name, partial(transformers.AutoConfig.from_pretrained, name))
         if config.model_type != row.model_type:
             raise BackboneError(
                 f"model.weights: {name} holds a model of type {config.model_type!r}, but model.backbone "
@@ -346,13 +337,28 @@ def load_language(spec: ModelSpec, *, vocab_size: int, seed: int, dtype: Any) ->
             )
         for key, value in spec.config.items():
             setattr(config, key, value)
-        model = _found(
-            "model.weights",
+    if spec.random or not filled:
+        try:
+            with nullcontext() if filled else unfilled():
+                model = _random(lambda: _causal(config, implementation, dtype), seed)
+        except (ArithmeticError, TypeError, ValueError) as wrong:
+            raise BackboneError(
+                f"model.config: no {row.model_type} can be built from it: {wrong}; see that hidden_size is a "
+                "multiple of num_attention_heads, and that of num_key_value_heads"
+            ) from wrong
+        if not filled:
+            model.tie_weights()
+    elif row.own_config:
+        model = _from_tensors(spec, row, config, name, dtype)
+    else:
+        read = partial(
+            transformers.AutoModelForCausalLM.from_pretrained,
             name,
-            lambda **kw: transformers.AutoModelForCausalLM.from_pretrained(
-                name, config=config, dtype=dtype, attn_implementation=attention(spec, dtype), **kw
-            ),
+            config=config,
+            dtype=dtype,
+            attn_implementation=implementation,
         )
+        model = _found("model.weights", name, read)
     if model.get_input_embeddings().weight.shape[0] < vocab_size:
         _random(lambda: model.resize_token_embeddings(vocab_size, mean_resizing=False), seed)
     model.config.use_cache = False
@@ -373,7 +379,7 @@ def language_config(model_type: str, values: Mapping[str, object]) -> Any:
         raise BackboneError(f"model.config: transformers refuses it for a {model_type}: {wrong}") from wrong
 
 
-def load_tower(spec: ModelSpec, *, seed: int, dtype: Any) -> Any:
+def load_tower(spec: ModelSpec, *, seed: int, dtype: Any, filled: bool = True) -> Any:
     """The image tower, cut behind the layer it is read at: what lies above is never computed."""
     import torch
     from transformers import CLIPVisionConfig, CLIPVisionModel, SiglipVisionConfig, SiglipVisionModel
@@ -388,7 +394,7 @@ def load_tower(spec: ModelSpec, *, seed: int, dtype: Any) -> Any:
     if spec.random:
         config = kind(**row.config)
     else:
-        config = _found("model.tower_weights", name, lambda **kw: kind.from_pretrained(name, **kw))
+        config = _found("model.tower_weights", name, partial(kind.from_pretrained, name))
         for key, value in vision(spec).config.items():
             if key in spec.tower_config:
                 setattr(config, key, value)
@@ -400,21 +406,14 @@ def load_tower(spec: ModelSpec, *, seed: int, dtype: Any) -> Any:
         )
     if row.family == "siglip":
         config.vision_use_head = False
-    if spec.random:
-        model = _random(
-            lambda: model_class._from_config(config, dtype=dtype, attn_implementation="sdpa"), seed
-        )
+    how = {"config": config, "dtype": dtype, "attn_implementation": "sdpa"}
+    if spec.random or not filled:
+        with nullcontext() if filled else unfilled():
+            model = _random(lambda: model_class._from_config(**how), seed)
     else:
-        model = _found(
-            "model.tower_weights",
-            name,
-            lambda **kw: model_class.from_pretrained(
-                name, config=config, dtype=dtype, attn_implementation="sdpa", **kw
-            ),
-        )
-    model.post_layernorm = (
-        torch.nn.Identity()
-    )  # belongs to what was cut; SigLIP would apply it to every patch
+        model = _found("model.tower_weights", name, partial(model_class.from_pretrained, name, **how))
+    # It belongs to what was cut; SigLIP would apply it to every patch.
+    model.post_layernorm = torch.nn.Identity()
     return model.requires_grad_(False).eval()
 
 

@@ -147,7 +147,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--routing", type=Path, metavar="PNG", help="picture which experts the prompt went to"
     )
-    given = parser.parse_args(arguments)
+    given = parser.parse_intermixed_args(arguments)  # options may stand before the question
     try:
         return _converse(given)
     except (ValueError, RuntimeError, OSError) as wrong:

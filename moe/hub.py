@@ -58,11 +58,10 @@ class MoEVLM(_hub.Model):  # type: ignore[misc,name-defined]
     def __init__(self, config: MoEVLMConfig, vlm: VLM | None = None) -> None:
         super().__init__(config)
         if vlm is None:
-            with backbones.unfilled():
-                vlm = _rebuilt(config)
-            vlm.language.tie_weights()
+            vlm = _rebuilt(config)
         self.vlm = vlm
-        if vlm.language.config.tie_word_embeddings:
+        config.tie_word_embeddings = bool(vlm.language.config.tie_word_embeddings)
+        if config.tie_word_embeddings:
             self._tied_weights_keys = {
                 "vlm.language.lm_head.weight": "vlm.language.model.embed_tokens.weight"
             }
@@ -111,7 +110,8 @@ class MoEVLM(_hub.Model):  # type: ignore[misc,name-defined]
 
 def _rebuilt(config: MoEVLMConfig) -> VLM:
     spec = ModelSpec(**(config.model or {}))
-    vlm = build(spec, vocab_size=config.vocab_size, seed=0, dtype=torch.get_default_dtype())
+    dtype = torch.get_default_dtype()
+    vlm = build(spec, vocab_size=config.vocab_size, seed=0, dtype=dtype, filled=False)
     if config.moe is not None:
         upcycle(vlm, MoESpec(**_tuples(config.moe)), Groups.single(), seed=0)
     return vlm

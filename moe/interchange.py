@@ -94,9 +94,7 @@ def load_moe_llava(
         vlm = build(spec, vocab_size=0, seed=0, dtype=dtype)
     else:
         spec = ModelSpec(random=True, config=_language_config(row, said), **common)
-        with backbones.unfilled():
-            vlm = build(spec, vocab_size=int(str(said["vocab_size"])), seed=0, dtype=dtype)
-        vlm.language.tie_weights()
+        vlm = build(spec, vocab_size=int(str(said["vocab_size"])), seed=0, dtype=dtype, filled=False)
     moe = _moe(said, dispatcher)
     if moe is not None and not stage1:
         upcycle(vlm, moe, groups or Groups.single(), seed=0)
@@ -227,11 +225,10 @@ def _names(key: str, tensor: Tensor, row: str) -> Iterator[tuple[str, int | None
                 tensor,
             )
             return
-    # PR-MoE calls the dense FFN beside its experts mlp, inside the mlp it replaces.
-    key = key.replace(".mlp.mlp.", ".mlp.residual.")
     rename = backbones.qwen1_names if row == "qwen" else backbones.native_names
     for name, part in rename(key, tensor):
-        yield f"language.{name}", None, part
+        # PR-MoE calls the dense FFN beside its experts mlp, inside the mlp it replaces.
+        yield f"language.{name.replace('.mlp.mlp.', '.mlp.residual.')}", None, part
 
 
 def _fill(vlm: VLM, folder: Path, row: str, *, projector_only: bool, tower_weights: str) -> None:
@@ -318,7 +315,7 @@ def open_checkpoint(path: Path | str, *, dtype: torch.dtype | None = None) -> tu
     spec = _section(ModelSpec, said.get("model", {}))
     tokenizer = backbones.load_tokenizer(spec, run / "tokenizer" if (run / "tokenizer").is_dir() else None)
     dtype = dtype or (torch.bfloat16 if torch.cuda.is_available() else torch.float32)
-    vlm = build(spec, vocab_size=len(tokenizer), seed=0, dtype=dtype)
+    vlm = build(spec, vocab_size=len(tokenizer), seed=0, dtype=dtype, filled=False)
     if said.get("stage") == "moe":
         moe = dict(said.get("moe", {})) | {"expert_parallel": 1, "dispatcher": "torch"}
         upcycle(vlm, _section(MoESpec, moe), Groups.single(), seed=0)

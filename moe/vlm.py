@@ -244,13 +244,14 @@ def projector(kind: str, width: int, hidden: int) -> nn.Module:
     return nn.Sequential(*parts)
 
 
-def build(spec: ModelSpec, *, vocab_size: int, seed: int, dtype: torch.dtype) -> VLM:
+def build(spec: ModelSpec, *, vocab_size: int, seed: int, dtype: torch.dtype, filled: bool = True) -> VLM:
     """The dense model on the CPU in `dtype`, random or from its weights; equal on every rank for equal seeds.
 
-    Raises backbones.BackboneError, in words, for weights that cannot be had.
+    Without `filled` no weight is drawn or read. Raises backbones.BackboneError, in words, for weights that
+    cannot be had.
     """
-    language = backbones.load_language(spec, vocab_size=vocab_size, seed=seed, dtype=dtype)
-    tower = backbones.load_tower(spec, seed=seed + 1, dtype=dtype)
+    language = backbones.load_language(spec, vocab_size=vocab_size, seed=seed, dtype=dtype, filled=filled)
+    tower = backbones.load_tower(spec, seed=seed + 1, dtype=dtype, filled=filled)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed + 2)
         between = projector(spec.projector, tower.config.hidden_size, language.config.hidden_size).to(dtype)
