@@ -240,6 +240,7 @@ class PrivateSlurm:
         parts = []
         with contextlib.suppress(SlurmError, subprocess.TimeoutExpired):
             parts.append(self.run(["squeue", "-t", "all", "-r"], timeout=20).stdout)
+            parts.append(self.run(["sinfo", "-N", "-p", "main", "-o", "%N %T %E"], timeout=20).stdout)
         for log in sorted((self.folder / "log").glob("*.out")):
             lines = [line for line in log.read_text(errors="replace").splitlines() if not NOISE.search(line)]
             parts += [f"--- {log.stem}", *lines[-8:]] if lines else []
@@ -248,8 +249,14 @@ class PrivateSlurm:
     # ------------------------------------------------------------------------------------ faults
 
     def node_fails(self, node: str) -> None:
-        """Have SLURM take a node for failed, at once: its jobs are requeued. It comes back by itself."""
+        """Power lost for a moment, and noticed at once: SLURM requeues the node's jobs, the node comes back.
+
+        To set a node down whose slurmd lives would be quicker, but then its late word that the old attempt is
+        over may reach SLURM after nudge() has started the next one, whose srun then waits for ever (1 in 36).
+        """
+        self.kill_node(node)
         self.run(["scontrol", "update", f"nodename={node}", "state=down", "reason=test"])
+        self.start_node(node)
 
     def kill_node(self, node: str) -> None:
         """Power off: every process of the node is gone; SLURM notices after slurmd_timeout and more."""
@@ -296,6 +303,7 @@ class PrivateSlurm:
         process = self._spawn(node, [*unshare, *(["--net"] if net else []), "sh", "-c", script])
         if net:
             init = self.wait(lambda: self._children(process.pid), 10, every=0.01)[0]
+            subprocess.run(["ip", "link", "del", self._cable(node)], capture_output=True)  # the last boot's
             self._ip(
                 "link", "add", self._cable(node), "type", "veth", "peer", "name", "eth0", "netns", str(init)
             )

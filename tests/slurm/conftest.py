@@ -7,7 +7,27 @@ from contextlib import ExitStack
 
 import pytest
 
-from tests.slurm.cluster import PrivateSlurm, missing
+from tests.slurm.cluster import PrivateSlurm, SlurmError, missing
+
+
+class _Shared:
+    """A cluster for many tests: started for the first, cleared after each, given up when that fails."""
+
+    def __init__(self, **options: object) -> None:
+        self.options = options
+        self.stack = ExitStack()
+        self.cluster: PrivateSlurm | None = None
+
+    def lend(self) -> Iterator[PrivateSlurm]:
+        if self.cluster is None:
+            self.cluster = _start(self.stack, **self.options)
+        yield self.cluster
+        try:
+            self.cluster.clear()
+        except SlurmError:
+            self.cluster = None  # so that this test fails, and no other for its sake
+            self.stack.close()
+            raise
 
 
 def _start(stack: ExitStack, **options: object) -> PrivateSlurm:
@@ -16,43 +36,43 @@ def _start(stack: ExitStack, **options: object) -> PrivateSlurm:
     return stack.enter_context(PrivateSlurm(**options))
 
 
-@pytest.fixture(scope="session")
-def _plain() -> Iterator[PrivateSlurm]:
-    with ExitStack() as stack:
-        yield _start(stack)
+def _shared(**options: object) -> Iterator[_Shared]:
+    shared = _Shared(**options)
+    with shared.stack:
+        yield shared
 
 
 @pytest.fixture(scope="session")
-def _warned() -> Iterator[PrivateSlurm]:
-    with ExitStack() as stack:
-        yield _start(stack, user_signal=True)
+def _plain() -> Iterator[_Shared]:
+    yield from _shared()
 
 
 @pytest.fixture(scope="session")
-def _accounted() -> Iterator[PrivateSlurm]:
-    with ExitStack() as stack:
-        yield _start(stack, accounting="dbd")
+def _warned() -> Iterator[_Shared]:
+    yield from _shared(user_signal=True)
+
+
+@pytest.fixture(scope="session")
+def _accounted() -> Iterator[_Shared]:
+    yield from _shared(accounting="dbd")
 
 
 @pytest.fixture
-def slurm(_plain: PrivateSlurm) -> Iterator[PrivateSlurm]:
+def slurm(_plain: _Shared) -> Iterator[PrivateSlurm]:
     """Four nodes as SLURM's defaults have it: no accounting, preemption without grace or user signal."""
-    yield _plain
-    _plain.clear()
+    yield from _plain.lend()
 
 
 @pytest.fixture
-def slurm_user_signal(_warned: PrivateSlurm) -> Iterator[PrivateSlurm]:
+def slurm_user_signal(_warned: _Shared) -> Iterator[PrivateSlurm]:
     """The same where preemption sends the job's --signal first; partition `grace` has time to heed it."""
-    yield _warned
-    _warned.clear()
+    yield from _warned.lend()
 
 
 @pytest.fixture
-def slurm_accounting(_accounted: PrivateSlurm) -> Iterator[PrivateSlurm]:
+def slurm_accounting(_accounted: _Shared) -> Iterator[PrivateSlurm]:
     """The same with slurmdbd, so that sacct knows."""
-    yield _accounted
-    _accounted.clear()
+    yield from _accounted.lend()
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ show job A_a`. KillWait is 5 s here; SLURM's default is 30. In the table "+1" an
 with the attempt's SLURM_RESTART_COUNT.
 
 | cause                    | ranks get       | batch gets | asked           | then                           |
-|------------------------|---------------|----------|---------------|------------------------------|
+|--------------------------|-----------------|------------|-----------------|--------------------------------|
 | preempted, GraceTime 0   | TERM (twice)    | TERM       | COMPLETING, +1  | SLURM requeues, once,          |
 |                          |                 |            |                 | whatever the exit code         |
 | ... ranks not done       | KILL (KillWait) | KILL too   | no verdict      | SLURM requeues, once           |
@@ -19,7 +19,8 @@ with the attempt's SLURM_RESTART_COUNT.
 |                          | up to 30 s      |            | no PreemptTime  |                                |
 | walltime over            | TERM (twice)    | TERM       | COMPLETING, =,  | TIMEOUT                        |
 |                          |                 |            | TimeLimit       |                                |
-| a node set down, either  | TERM            | TERM       | COMPLETING, +1  | SLURM requeues, once           |
+| another node fails       | TERM, on others | TERM       | COMPLETING, +1  | SLURM requeues, once           |
+| the batch host fails     | TERM, on others | (gone)     | no verdict      | SLURM requeues, once           |
 | scontrol requeue A_a     | TERM, if there  | TERM       | COMPLETING, +1  | a second one: "Job is pending  |
 |                          |                 |            |                 | execution", rc 1, no harm      |
 
@@ -166,21 +167,30 @@ def test_the_walltime_warning_comes_early_and_the_limit_ends_the_job_after_a_ver
     assert (verdict.state, verdict.restarts, verdict.reason) == ("COMPLETING", 0, "TimeLimit")
 
 
-@pytest.mark.parametrize("node", ["n1", "n2"])
-def test_a_failed_node_has_slurm_requeue_the_job_once_whichever_it_was(
-    slurm: PrivateSlurm, tmp_path: Path, node: str
+def test_a_node_that_fails_has_slurm_requeue_the_job_once_and_others_are_told(
+    slurm: PrivateSlurm, tmp_path: Path
 ) -> None:
     probe = Probe(slurm, tmp_path / "job").submit()
-    slurm.node_fails(node)
+    slurm.node_fails("n2")
     assert probe.finish().restarts == 1
     assert probe.attempts == [0, 1]
-    assert len(probe.when("rank", "SIGTERM")) in range(
-        4, 9
-    )  # slurmd is well: a node without power gets nothing
+    told = {e.who for e in probe.events() if (e.attempt, e.what) == (0, "SIGTERM")}
+    assert len(told - {"batch"}) == 2  # the two of the node that stayed
     verdict = probe.verdict()
     assert verdict is not None
     assert (verdict.state, verdict.restarts) == ("COMPLETING", 1)
-    assert f"Node failure on {node}" in probe.log()
+    assert "Node failure on n2" in probe.log()
+
+
+def test_a_batch_host_that_fails_leaves_no_verdict_and_slurm_requeues_the_job_once(
+    slurm: PrivateSlurm, tmp_path: Path
+) -> None:
+    probe = Probe(slurm, tmp_path / "job").submit()
+    slurm.node_fails("n1")
+    assert probe.finish().restarts == 1
+    assert probe.attempts == [0, 1]
+    assert probe.verdict() is None
+    assert len(probe.when("rank", "saved")) == 2
 
 
 def test_dependents_of_a_requeued_element_wait_whatever_its_exit_code_and_run_after_its_success(
