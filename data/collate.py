@@ -32,6 +32,25 @@ def cut(row: Row, patches: int, longest: int) -> Row:
     return Row(ids, row.labels[:stop], fitting, row.images[: int((ids == IMAGE_ID).sum())])
 
 
+def joined(rows: Sequence[Row]) -> Row:
+    """Several samples as one sequence; each starts with an unlearnt token, so none learns to follow."""
+    ids = np.concatenate([row.input_ids for row in rows])
+    labels = np.concatenate([row.labels for row in rows])
+    return Row(ids, labels, [], [image for row in rows for image in row.images])
+
+
+def segments(packed: Sequence[Sequence[Row]]) -> Tensor:
+    """Which sample each token belongs to, int64 [B, S], counted from 1 in each sequence; 0 is padding."""
+    longest = max(sum(len(row.input_ids) for row in rows) for rows in packed)
+    numbers = torch.zeros((len(packed), longest), dtype=torch.int64)
+    for at, rows in enumerate(packed):
+        start = 0
+        for number, row in enumerate(rows, 1):
+            numbers[at, start : start + len(row.input_ids)] = number
+            start += len(row.input_ids)
+    return numbers
+
+
 def collate(rows: Sequence[Row], pixel_values: Tensor, pad: int) -> dict[str, Tensor]:
     """Rows, padded on the right, and their pictures [N, 3, H, W] in the order of the placeholders.
 

@@ -7,6 +7,7 @@ consumer has taken, whatever was loaded ahead.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 from collections import deque
@@ -21,11 +22,12 @@ import torch
 from torch import Tensor
 
 from data.catalog import CatalogError, annotation_path, resolve
-from data.collate import collate, cut, spliced
+from data.collate import collate, cut, joined, segments, spliced
 from data.conversation import tokenizer_faults
 from data.images import ImageError, ImageFormat, load
 from data.index import Row, fingerprint, open_index, pictures
 from data.mixture import Mixture, Source, Stream
+from data.packing import PackedStream
 from data.records import RecordError, stream
 from data.spec import DataSpec
 
@@ -63,10 +65,15 @@ class _Job:
 
 @dataclass
 class _Batch:
-    """A micro-batch on its way: its pictures [N, 3, H, W] and its samples."""
+    """A micro-batch on its way: its pictures [N, 3, H, W] and the samples of each of its sequences."""
 
     pixels: Tensor
-    jobs: list[_Job]
+    sequences: list[list[_Job]]
+
+    @property
+    def jobs(self) -> list[_Job]:
+        """Its samples, in order."""
+        return [job for jobs in self.sequences for job in jobs]
 
 
 class Loader:
@@ -110,12 +117,15 @@ class Loader:
         if self._mixture.samples == 0:
             raise DataError(f"the mix {spec.mix!r} has no samples")
         self._stream = Stream(self._mixture, spec.group_by, self._size, accumulation * world, seed)
+        self._packed = (
+            PackedStream(self._mixture, spec.max_length, self._size, seed) if spec.packing else None
+        )
         self._pool = ThreadPoolExecutor(spec.workers, thread_name_prefix="data") if spec.workers else None
 
     @property
     def samples(self) -> int:
-        """Samples of an epoch, over all ranks."""
-        return self._mixture.samples
+        """Samples of an epoch, over all ranks; with packing, the packed sequences of the first one."""
+        return self._packed.sequences() if self._packed else self._mixture.samples
 
     def steps(self) -> Iterator[list[dict[str, Tensor]]]:
         """Each optimizer step's micro-batches, from the state's position on; endless."""
@@ -134,28 +144,29 @@ class Loader:
 
     def state_dict(self) -> dict[str, Any]:
         """The position after the last step that was taken."""
-        return {
+        state = {
             "step": self._step,
             "seed": self._seed,
             "step_samples": self._size,
-            "epoch_samples": self.samples,
+            "epoch_samples": self._mixture.samples,
+            "packing": self._spec.max_length if self._packed else 0,
             "replaced": self._earlier + len(self._replaced),
         }
+        return {**state, "cursor": self._packed.cursor(self._step)} if self._packed else state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state, on as many ranks as there are now; call it before `steps`."""
-        for key, mine in (
-            ("seed", self._seed),
-            ("step_samples", self._size),
-            ("epoch_samples", self.samples),
-        ):
-            if state[key] != mine:
+        here = self.state_dict()
+        for key in ("seed", "step_samples", "epoch_samples", "packing"):
+            if state[key] != here[key]:
                 raise DataError(
-                    f"the checkpoint's data stream has {key} {state[key]}, this run has {mine}: it would "
-                    "not be "
-                    "the same stream; keep seed, data and global batch, or start a new run"
+                    f"the checkpoint's data stream has {key} {state[key]}, this run has {here[key]}: it "
+                    "would "
+                    "not be the same stream; keep seed, data and global batch, or start a new run"
                 )
         self._step, self._earlier = int(state["step"]), int(state["replaced"])
+        if self._packed:
+            self._packed.go(state["cursor"])
 
     def report(self) -> dict[str, Any]:
         """Counts so far, of this rank; `padding` is the share of empty slots, image patches counted."""
@@ -166,7 +177,6 @@ class Loader:
                 for source, draws in zip(self._mixture.sources, self._mixture.draws, strict=True)
             },
             "step": self._step,
-            "epoch": self._step * self._size / self.samples,
             "cut": self._mixture.overlong,
             "dropped": len(self._dropped),
             "replaced": list(self._replaced),
@@ -181,21 +191,25 @@ class Loader:
 
     def _start(self, step: int) -> list[_Batch]:
         """Set this rank's micro-batches of a step going."""
-        samples = self._stream.step(step)
+        if self._packed:
+            sequences = self._packed.step(step)
+        else:
+            sequences = [[sample] for sample in self._stream.step(step)]
         batches = []
         for turn in range(self._accumulation):
             # Micro-batches are dealt to the ranks in turn, as the reference's sampler shards them.
             first = (turn * self._world + self._rank) * self._micro_batch
-            own = samples[first : first + self._micro_batch]
-            rows = [self._row(sample) for sample in own]
+            own = sequences[first : first + self._micro_batch]
+            samples = [sample for sequence in own for sample in sequence]
+            rows = [self._row(sample) for sample in samples]
             counts = [len(row.images) for row in rows]
             pixels = torch.empty((sum(counts), 3, self._image.size, self._image.size), dtype=torch.float32)
-            parts = torch.split(pixels, counts)
-            jobs = [_Job(sample, row, part) for sample, row, part in zip(own, rows, parts, strict=True)]
-            for job in jobs:
+            jobs = map(_Job, samples, rows, torch.split(pixels, counts))
+            batch = _Batch(pixels, [list(itertools.islice(jobs, len(sequence))) for sequence in own])
+            for job in batch.jobs:
                 if self._pool and job.row.images:
                     job.future = self._pool.submit(self._read, job)
-            batches.append(_Batch(pixels, jobs))
+            batches.append(batch)
         return batches
 
     def _finish(self, batch: _Batch) -> dict[str, Tensor]:
@@ -212,11 +226,13 @@ class Loader:
             and self._earlier + len(self._replaced) + len(self._dropped) > self._spec.bad_samples
         ):
             raise DataError(self._over([*self._dropped, *self._replaced]))
-        rows = [job.row for job in batch.jobs]
+        packed = [[job.row for job in jobs] for jobs in batch.sequences]
+        rows = [joined(sequence) if len(sequence) > 1 else sequence[0] for sequence in packed]
         lengths = [spliced(row.input_ids, self._patches) for row in rows]
         self._tokens += sum(lengths)
         self._slots += max(lengths) * len(lengths)
-        return collate(rows, batch.pixels, self._pad)
+        tensors = collate(rows, batch.pixels, self._pad)
+        return {**tensors, "segments": segments(packed)} if self._packed else tensors
 
     def _row(self, sample: int) -> Row:
         place = self._mixture.place(sample)
@@ -259,9 +275,11 @@ class Loader:
         for _ in range(10_000):
             sample = int(chance.integers(self._mixture.starts[-1]))
             row = self._row(sample)
-            if len(row.images) == len(job.row.images):
+            # In a packed sequence there is no more room than the sample had.
+            fits = not self._packed or self._mixture.lengths[sample] <= self._mixture.lengths[job.sample]
+            if fits and len(row.images) == len(job.row.images):
                 return sample, row
-        raise DataError(f"nothing can replace {job.replaced[-1]}: no other sample has as many pictures")
+        raise DataError(f"nothing can replace {job.replaced[-1]}: no other sample is like it")
 
     def _name(self, sample: int) -> str:
         place = self._mixture.place(sample)
