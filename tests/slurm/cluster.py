@@ -33,6 +33,7 @@ from tests.slurm.jobs import Job
 T = TypeVar("T")
 
 BASE = Path("/tmp/private-slurm")
+SBIN = "/usr/sbin"  # where the daemons are, not always on a user's PATH
 SLOTS = 50
 CLIENT_VARIABLES = (
     "SLURM_",
@@ -58,7 +59,7 @@ class SlurmError(RuntimeError):
 
 def missing() -> str:
     """Why no private SLURM can be started here, in words; empty when it can."""
-    if shutil.which("slurmctld", path="/usr/sbin:" + os.environ.get("PATH", "")) is None:
+    if shutil.which("slurmctld", path=f"{SBIN}:{os.environ.get('PATH', '')}") is None:
         return "slurmctld is not installed (Debian: slurmctld slurmd slurm-client munge)"
     if os.geteuid() != 0:
         return "a private SLURM needs root, to unshare namespaces for its nodes"
@@ -127,7 +128,7 @@ class PrivateSlurm:
     def env(self, **more: str) -> dict[str, str]:
         """The environment for a client of this cluster: nothing of an outer SLURM job, and SLURM_CONF."""
         clean = {k: v for k, v in os.environ.items() if not k.startswith(CLIENT_VARIABLES)}
-        path = clean.get("PATH", "") + ":/usr/sbin:/usr/bin:/sbin:/bin"
+        path = f"{clean.get('PATH', '')}:{SBIN}:/usr/bin:/sbin:/bin"
         return {**clean, "PATH": path, "SLURM_CONF": str(self.place.conf), **more}
 
     def run(
@@ -205,10 +206,11 @@ class PrivateSlurm:
             for name, process in self._processes.items():
                 if (code := process.poll()) is not None:
                     raise SlurmError(f"{name} ended with {code}\n{self.describe()}")
+            if not self._answers((self.place.controller, self.place.port)):
+                return False  # a client would wait for message_timeout
             answer = self.run(["sinfo", "-h", "-N", "-p", "main", "-o", "%T"], check=False, timeout=120)
             return answer.stdout.split() == ["idle"] * len(self.nodes)
 
-        self.wait(lambda: self._answers((self.place.controller, self.place.port)), timeout, every=0.02)
         self.wait(idle, timeout)
 
     def nudge(self, *ids: str) -> None:
@@ -261,6 +263,7 @@ class PrivateSlurm:
     def kill_node(self, node: str) -> None:
         """Power off: every process of the node is gone; SLURM notices after slurmd_timeout and more."""
         self._end(node)
+        self._end(f"{node}-slurmd")
 
     def kill_slurmd(self, node: str) -> None:
         """SIGKILL slurmd alone; the node's tasks run on."""

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.slurm import jobs
-from tests.slurm.cluster import PrivateSlurm, SlurmError, tagged
+from tests.slurm.cluster import PrivateSlurm, SlurmError, missing, tagged
 
 pytestmark = pytest.mark.slurm
 
@@ -105,6 +105,8 @@ def test_slurmd_killed_leaves_its_tasks_and_comes_back(slurm: PrivateSlurm) -> N
     slurm.wait(lambda: any(line.startswith("slurmd") for line in slurm.processes("n2").values()))
     slurm.run(["scancel", job])
     slurm.wait_state(job, "CANCELLED")
+    slurm.node_fails("n2")
+    slurm.wait_idle()
 
 
 @pytest.mark.slow
@@ -162,6 +164,7 @@ def _command(pid: int) -> bytes:
         return b""
 
 
+@pytest.mark.skipif(bool(missing()), reason=missing())
 def test_closing_leaves_neither_process_nor_folder() -> None:
     cluster = PrivateSlurm(nodes=1)
     with cluster:
@@ -183,6 +186,25 @@ def test_nodes_that_a_short_lived_thread_started_outlive_it(slurm: PrivateSlurm)
     time.sleep(0.2)
     assert slurm.processes("n4")
     assert os.getpid() not in slurm.processes("n4")
+
+
+def test_what_is_missing_is_said_in_words(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    monkeypatch.setattr("tests.slurm.cluster.SBIN", str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert missing() == "slurmctld is not installed (Debian: slurmctld slurmd slurm-client munge)"
+    (tmp_path / "slurmctld").touch(mode=0o755)
+    assert missing() == "a private SLURM needs root, to unshare namespaces for its nodes"
+
+
+def test_a_cluster_that_cannot_start_says_what_its_daemons_said_and_leaves_nothing(
+    private_slurm: Callable[..., PrivateSlurm], slurm: PrivateSlurm
+) -> None:
+    with pytest.raises(SlurmError, match=r"(n1|slurmctld) ended with 1(.|\n)*Nonsense"):
+        private_slurm(nodes=1, extra=("Nonsense=1",))
+    assert [entry.name for entry in slurm.folder.parent.iterdir() if entry.is_dir()].count(
+        slurm.folder.name
+    ) == 1
 
 
 def test_jobs_are_read_element_by_element_whatever_their_names() -> None:

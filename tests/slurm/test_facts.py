@@ -17,8 +17,8 @@ with the attempt's SLURM_RESTART_COUNT.
 |                          |                 |            |                 | would bring it back to life    |
 | walltime near, --signal  | USR2, early by  | nothing    | RUNNING, =,     | as it exits, or our requeue    |
 |                          | up to 30 s      |            | no PreemptTime  |                                |
-| walltime over            | TERM (twice)    | TERM       | COMPLETING, =,  | TIMEOUT                        |
-|                          |                 |            | TimeLimit       |                                |
+| walltime over            | TERM (twice)    | TERM       | COMPLETING, =,  | TIMEOUT; our requeue within    |
+|                          |                 |            | TimeLimit       | KillWait still saves it        |
 | another node fails       | TERM, on others | TERM       | COMPLETING, +1  | SLURM requeues, once           |
 | the batch host fails     | TERM, on others | (gone)     | no verdict      | SLURM requeues, once           |
 | scontrol requeue A_a     | TERM, if there  | TERM       | COMPLETING, +1  | a second one: "Job is pending  |
@@ -151,7 +151,7 @@ def test_the_walltime_warning_comes_early_and_the_limit_ends_the_job_after_a_ver
     slurm: PrivateSlurm, tmp_path: Path
 ) -> None:
     warned = Probe(slurm, tmp_path / "warned").submit("--time=1", "--signal=USR2@20")
-    struck = Probe(slurm, tmp_path / "struck").submit("--time=1", nodes="n3,n4", seconds=300)
+    struck = Probe(slurm, tmp_path / "struck").submit("--time=1", nodes="n3,n4", seconds=300, after=REQUEUE)
     assert slurm.wait_state(warned.id, "COMPLETED", timeout=90).restarts == 0
     assert len(warned.when("rank", "SIGUSR2")) == 4
     assert not warned.when("batch", "SIGTERM")
@@ -160,11 +160,13 @@ def test_the_walltime_warning_comes_early_and_the_limit_ends_the_job_after_a_ver
     verdict = warned.verdict()
     assert verdict is not None
     assert (verdict.state, verdict.restarts, verdict.fields["PreemptTime"]) == ("RUNNING", 0, "None")
-    assert slurm.wait_state(struck.id, "TIMEOUT", timeout=120).restarts == 0
+    slurm.wait(lambda: struck.verdict(), 120)
     assert len(struck.when("rank", "saved")) == 4
     verdict = struck.verdict()
     assert verdict is not None
     assert (verdict.state, verdict.restarts, verdict.reason) == ("COMPLETING", 0, "TimeLimit")
+    assert struck.finish().restarts == 1  # else it would be TIMEOUT; the new attempt has its minute again
+    assert struck.attempts == [0, 1]
 
 
 def test_a_node_that_fails_has_slurm_requeue_the_job_once_and_others_are_told(
