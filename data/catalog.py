@@ -7,7 +7,7 @@ are not in the reference's table of data but are in its scripts (scripts/v1/*/fi
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -19,7 +19,8 @@ Schema = Literal["llava", "svit", "lvis", "lrv", "mimic-it"]
 
 @dataclass(frozen=True)
 class Archive:
-    """A file to download: `parts` are to be joined in order, `into` is where it is unpacked under DATA_ROOT.
+    """A file to download: `parts` and their gigabytes are joined in order, `into` is where it is unpacked
+    under DATA_ROOT.
 
     `nested` names an archive inside that holds the pictures.
     """
@@ -27,7 +28,7 @@ class Archive:
     name: str
     gigabytes: float
     into: str = ""
-    parts: tuple[str, ...] = ()
+    parts: Mapping[str, float] = field(default_factory=dict)
     nested: str = ""
 
 
@@ -54,7 +55,7 @@ _LICENCES = "annotations CC BY 4.0, made with GPT-4 (OpenAI's terms apply); pict
 _TUNE = Archive(
     "llava_image_tune_2.zip",
     72.4,
-    parts=("llava_image_tune_2.zip.001", "llava_image_tune_2.zip.002"),
+    parts={"llava_image_tune_2.zip.001": 41.9, "llava_image_tune_2.zip.002": 30.5},
     nested="llava_image_tune.zip",
 )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -134,3 +134,54 @@ def _cropped(picture: Image.Image, size: int) -> Image.Image:
     scaled = picture.resize((new, size) if width > height else (size, new), Image.Resampling.BICUBIC)
     x, y = (offset, 0) if width > height else (0, offset)
     return scaled.crop((x, y, x + size, y + size))
+
+
+class Facts(NamedTuple):
+    """What `facts` says of a file: the names of its defects are those of data.findings."""
+
+    width: int
+    height: int
+    format: str
+    defects: list[str]
+
+
+def facts(path: Path) -> Facts:
+    """Decode a picture, a JPEG at an eighth of its size, and say what is unusual about it."""
+    if path.stat().st_size == 0:
+        return Facts(0, 0, "", ["image-empty"])
+    found: list[str] = []
+    try:
+        with Image.open(path) as picture:
+            width, height = picture.size
+            if width * height > MOST_PIXELS:
+                return Facts(width, height, (picture.format or "").lower(), ["image-giant"])
+            if getattr(picture, "n_frames", 1) > 1 and picture.format != "MPO":
+                found.append("image-animated")
+            if picture.mode == "CMYK":
+                found.append("image-cmyk")
+            if picture.mode.startswith("I") or picture.mode == "F":
+                found.append("image-sixteen-bit")
+            if "transparency" in picture.info or picture.mode in ("RGBA", "LA", "PA"):
+                found.append("image-transparent")
+            if picture.getexif().get(0x0112, 1) not in (0, 1):
+                found.append("image-rotated")
+            if min(width, height) < 4 or max(width, height) > 50 * min(width, height):
+                found.append("image-thin")
+            name = (picture.format or "").lower()
+            picture.seek(0)
+            picture.draft("RGB", (max(1, width // 8), max(1, height // 8)))
+            picture.load()
+    except UnidentifiedImageError:
+        return Facts(0, 0, "", ["image-unreadable"])
+    except (OSError, SyntaxError, ValueError, EOFError):
+        return Facts(0, 0, "", ["image-damaged"])
+    return Facts(width, height, name, found)
+
+
+def thumbnail(path: Path, side: int) -> bytes:
+    """A small JPEG of a picture; ImageError when it cannot be read."""
+    picture = read(path)
+    picture.thumbnail((side, side))
+    file = io.BytesIO()
+    picture.save(file, "JPEG", quality=80)
+    return file.getvalue()

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from data.conversation import IGNORED, IMAGE_ID, ConversationError, Encoded, encode_many
+from data.offsets import backend_of
 from data.records import Record, stream
 
 FORMAT = 1  # raise it when an index is laid out, or a conversation encoded, other than before
@@ -156,9 +157,11 @@ def digest(path: Path) -> str:
 
 def fingerprint(tokenizer: Any, template: str) -> str:
     """What decides the ids besides the text: the tokenizer's whole definition, the template, the format."""
-    known = getattr(tokenizer, "backend_tokenizer", None)
-    words = known.to_str() if known is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    parts = [words, str(tokenizer.bos_token_id), template, str(FORMAT), type(tokenizer).__name__]
+    if getattr(tokenizer, "is_fast", False):
+        words = backend_of(tokenizer).to_str()
+    else:
+        words = type(tokenizer).__name__ + json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    parts = [words, str(tokenizer.bos_token_id), template, str(FORMAT)]
     if template == "chat":
         parts.append(str(tokenizer.chat_template))
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()

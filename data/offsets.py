@@ -21,17 +21,17 @@ def tokenized(tokenizer: Any, text: str, special: bool, places: Sequence[int]) -
     """
     if not getattr(tokenizer, "is_fast", False):
         return _by_prefix(tokenizer, text, special, places)
-    encoding = _backend(tokenizer).encode(text, add_special_tokens=special)
+    encoding = backend_of(tokenizer).encode(text, add_special_tokens=special)
     return encoding.ids, [start for start, _ in encoding.offsets]
 
 
 def tokenized_many(tokenizer: Any, texts: list[str], special: bool) -> Iterator[Tokens]:
     """As `tokenized` of each text, for a Rust-backed tokenizer; its threads share the work."""
-    for encoding in _backend(tokenizer).encode_batch(texts, add_special_tokens=special):
+    for encoding in backend_of(tokenizer).encode_batch(texts, add_special_tokens=special):
         yield encoding.ids, [start for start, _ in encoding.offsets]
 
 
-def _backend(tokenizer: Any) -> Any:
+def backend_of(tokenizer: Any) -> Any:
     """The Rust tokenizer; a call such as tokenizer(text, truncation=True) leaves its settings in it."""
     backend = tokenizer.backend_tokenizer
     if backend.truncation is not None:

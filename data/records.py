@@ -109,3 +109,46 @@ def _broken(path: Path, place: int, number: int, why: str) -> RecordError:
         f"{path}, line {lines}, byte {place}, record {number}: not valid JSON ({why}); was the download "
         "cut short?"
     )
+
+
+def pairs(path: Path) -> Iterator[tuple[str, Any]]:
+    """The keys and values of a file that is one JSON object, one at a time."""
+    decoder = json.JSONDecoder()
+    with path.open("rb") as file:
+        base, text, place, ended, number = 0, "", 0, False, 0
+        key: str | None = None
+        opened = False
+        while True:
+            while place < len(text) and text[place] in (_SPACE + ":" if opened else _SPACE + "\xef\xbb\xbf"):
+                place += 1
+            if place < len(text):
+                if not opened:
+                    if text[place] != "{":
+                        raise RecordError(
+                            f"{path}: expected a JSON object, but it starts with {text[place]!r}"
+                        )
+                    opened, place = True, place + 1
+                    continue
+                if text[place] == "}" and key is None:
+                    return
+                try:
+                    value, end = decoder.raw_decode(text, place)
+                except json.JSONDecodeError as error:
+                    if ended:
+                        raise _broken(path, base + error.pos, number, error.msg) from None
+                else:
+                    if end < len(text) or ended:
+                        if not text[place:end].isascii():
+                            value = json.loads(text[place:end].encode("latin-1").decode("utf-8"))
+                        if key is None:
+                            key = value
+                        else:
+                            yield key, value
+                            key, number = None, number + 1
+                        place = end
+                        continue
+            elif ended:
+                raise _broken(path, base + place, number, "the object is not closed")
+            fresh = file.read(max(CHUNK, len(text) - place))
+            base, text, place = base + place, text[place:] + fresh.decode("latin-1"), 0
+            ended = not fresh

@@ -1,0 +1,270 @@
+"""Read all of a mix, records and pictures, and collect what is wrong, how long samples are, and what
+padding costs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from array import array
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data.catalog import CatalogError, Dataset, annotation_path
+from data.conversation import IGNORED, IMAGE_ID, TEMPLATES, ConversationError, encode_many
+from data.findings import KINDS, Finding
+from data.inspection import Picture, broken, defects, paths_of, picture
+from data.records import Record, RecordError, stream
+
+BATCH = 512  # records encoded together
+WAITING = 256  # pictures on their way to the threads at a time
+SHOWN = 12  # samples kept for the report
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What samples are measured with; no tokenizer: lengths are not."""
+
+    tokenizer: Any = None
+    template: str = "v1"
+    max_length: int = 2048
+    patches: int = 576
+    pictures: bool = True
+    workers: int = 4
+
+
+@dataclass
+class FileReport:
+    """What one annotation file holds."""
+
+    name: str
+    path: str
+    expected: int
+    exact: bool
+    records: int = 0
+    with_pictures: int = 0
+    pictures: int = 0  # different files
+    turns: int = 0
+    supervised: int = 0  # tokens
+    tokens: int = 0  # patches included
+    kinds: Counter[str] = field(default_factory=Counter)
+
+
+@dataclass
+class Report:
+    """All of a check; `lengths` are tokens with patches, `signed` words, negative for text only."""
+
+    options: Options
+    root: Path
+    files: list[FileReport] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
+    lengths: array[int] = field(default_factory=lambda: array("i"))
+    signed: array[int] = field(default_factory=lambda: array("i"))
+    sides: Counter[int] = field(default_factory=Counter)  # pictures by their longer side, in steps of 64
+    samples: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+
+    @property
+    def lost(self) -> int:
+        """Findings that keep a record, or an answer of it, from being trained on."""
+        return sum(KINDS[finding.kind].lost for finding in self.findings)
+
+
+class _Checker:
+    def __init__(self, report: Report, pool: ThreadPoolExecutor, progress: Progress) -> None:
+        self.report, self.pool, self.progress = report, pool, progress
+        self.options = report.options
+        self.template = TEMPLATES[report.options.template]
+        self.specials: list[str] = []
+        if report.options.tokenizer is not None:
+            self.specials = [str(token) for token in report.options.tokenizer.all_special_tokens]
+        self.bad: dict[int, list[tuple[str, str]]] = {}  # pictures with defects, by the hash of their path
+        self.known: set[int] = set()
+        self.waiting: dict[Future[Picture], int] = {}
+
+    def file(self, dataset: Dataset) -> None:
+        """Check one annotation file."""
+        file = FileReport(dataset.name, dataset.annotation, dataset.rows, dataset.exact)
+        self.report.files.append(file)
+        try:
+            path = annotation_path(self.report.root, dataset.annotation)
+        except CatalogError as error:
+            self.tell(file, "file-missing", -1, "", str(error))
+            return
+        file.path = str(path)
+        size = path.stat().st_size
+        # Who shows which picture: a picture's defects are known after its record has passed.
+        shows, shown_by = array("Q"), array("I")
+        ids, talks = array("Q"), array("Q")
+        try:
+            records = stream(path)
+            while batch := list(itertools.islice(records, BATCH)):
+                self.batch(file, path, batch, shows, shown_by, ids, talks)
+                self.progress(dataset.name, batch[-1].end, size)
+        except RecordError as error:
+            self.tell(file, "file-torn", -1, "", str(error))
+        self.settle(0)
+        self.pictures(file, path, shows, shown_by)
+        self.repeats(file, "duplicate-id", ids)
+        self.repeats(file, "duplicate-record", talks)
+        off = abs(file.records - file.expected)
+        if file.expected and off > (0 if file.exact else 0.02 * file.expected):
+            self.tell(file, "rows", -1, "", f"{file.records:,} records, the catalog says {file.expected:,}")
+
+    def batch(
+        self,
+        file: FileReport,
+        path: Path,
+        batch: list[Record],
+        shows: array[int],
+        shown_by: array[int],
+        ids: array[int],
+        talks: array[int],
+    ) -> None:
+        sound: list[Record] = []
+        for record in batch:
+            file.records += 1
+            value = record.value
+            name = str(value.get("id", "")) if isinstance(value, dict) else ""
+            ids.append(_hash(name) if name else _hash(f"\0{record.number}"))
+            if fault := broken(value, self.template):
+                talks.append(_hash(f"\0{record.number}"))
+                self.tell(file, fault[0], record.number, name, fault[1])
+                continue
+            talks.append(_hash(repr((value.get("image"), value["conversations"]))))
+            file.turns += len(value["conversations"])
+            lost = False
+            for kind, detail in defects(value, self.template, self.specials):
+                self.tell(file, kind, record.number, name, detail)
+                lost = lost or (KINDS[kind].lost and kind != "leading-answer")
+            paths = paths_of(value)
+            file.with_pictures += bool(paths)
+            if self.options.pictures:
+                for each in paths:
+                    shows.append(_hash(each))
+                    shown_by.append(record.number)
+                    self.look(file, path, each)
+            if not lost:
+                sound.append(record)
+        if self.options.tokenizer is not None:
+            self.measure(file, sound)
+        if len(self.report.samples) < SHOWN * len(self.report.files) and sound:
+            self.report.samples.append((file.name, sound[len(sound) // 2].value))
+
+    def measure(self, file: FileReport, records: list[Record]) -> None:
+        """Lengths and learnt shares under the tokenizer."""
+        asked = [(record.value["conversations"], bool(paths_of(record.value))) for record in records]
+        patches, longest = self.options.patches, self.options.max_length
+        encoded = encode_many(asked, self.options.tokenizer, self.options.template)
+        for record, outcome in zip(records, encoded, strict=True):
+            name = str(record.value.get("id", ""))
+            if isinstance(outcome, ConversationError):
+                self.tell(file, "encoding", record.number, name, str(outcome))
+                continue
+            images = outcome.input_ids.count(IMAGE_ID)
+            length = len(outcome.input_ids) + images * (patches - 1)
+            if length > longest:
+                first = next((at for at, label in enumerate(outcome.labels) if label != IGNORED), 0)
+                before = first + outcome.input_ids[:first].count(IMAGE_ID) * (patches - 1)
+                kind = "over-long" if before < longest else "question-too-long"
+                self.tell(file, kind, record.number, name, f"{length} tokens")
+            length = min(length, longest)
+            file.tokens += length
+            file.supervised += sum(label != IGNORED for label in outcome.labels)
+            words = sum(len(turn["value"].split()) for turn in record.value["conversations"])
+            self.report.lengths.append(length)
+            self.report.signed.append(max(1, words) if images else -max(1, words))
+
+    def look(self, file: FileReport, path: Path, image: str) -> None:
+        """Have a picture checked, if it was not yet."""
+        key = _hash(image)
+        if key in self.known:
+            return
+        self.known.add(key)
+        file.pictures += 1
+        future = self.pool.submit(picture, self.report.root, path.parent, image)
+        self.waiting[future] = key
+        if len(self.waiting) >= WAITING:
+            self.settle(WAITING // 2)
+
+    def settle(self, most: int) -> None:
+        """Take in the oldest results until at most that many are open."""
+        while len(self.waiting) > most:
+            future = next(iter(self.waiting))
+            key, seen = self.waiting.pop(future), future.result()
+            if seen.width:
+                self.report.sides[max(seen.width, seen.height) // 64 * 64] += 1
+            if seen.defects:
+                self.bad[key] = seen.defects
+
+    def pictures(self, file: FileReport, path: Path, shows: array[int], shown_by: array[int]) -> None:
+        """Tell each record that shows a picture with a defect."""
+        keys = np.frombuffer(shows, dtype=np.uint64) if shows else np.empty(0, np.uint64)
+        bad = np.fromiter(self.bad, dtype=np.uint64, count=len(self.bad))
+        for at in np.flatnonzero(np.isin(keys, bad)).tolist():
+            for kind, detail in self.bad[shows[at]]:
+                self.tell(file, kind, shown_by[at], "", detail)
+
+    def repeats(self, file: FileReport, kind: str, keys: array[int]) -> None:
+        """Tell each record whose key occurred before."""
+        if not keys:
+            return
+        values = np.frombuffer(keys, dtype=np.uint64)
+        _, first, number = np.unique(values, return_index=True, return_inverse=True)
+        for at in np.flatnonzero(first[number] != np.arange(len(values))).tolist():
+            self.tell(file, kind, at, "", f"as record {int(first[number[at]])}")
+
+    def tell(self, file: FileReport, kind: str, record: int, id: str, detail: str) -> None:
+        file.kinds[kind] += 1
+        self.report.findings.append(Finding(kind, file.path, record, id, detail))
+
+
+def check(root: Path, datasets: list[Dataset], options: Options, progress: Progress) -> Report:
+    """Check the data sets under a root; `progress` is told file, bytes read, bytes of it."""
+    report = Report(options, root)
+    with ThreadPoolExecutor(max(1, options.workers), thread_name_prefix="check") as pool:
+        checker = _Checker(report, pool, progress)
+        for dataset in datasets:
+            checker.file(dataset)
+    return report
+
+
+def fix(report: Report, path: Path, out: Path) -> Counter[str]:
+    """Write a file's records without what would be lost, repaired where that is safe; what was done, counted.
+
+    Raises FileExistsError rather than writing over a file.
+    """
+    from data.convert import write
+
+    told: dict[int, list[str]] = {}
+    for finding in report.findings:
+        if finding.file == str(path) and finding.record >= 0:
+            told.setdefault(finding.record, []).append(finding.kind)
+    done: Counter[str] = Counter()
+
+    def repaired() -> Iterator[dict[str, Any]]:
+        from data.repair import repair
+
+        for record in stream(path):
+            value, what = repair(
+                record.value, told.get(record.number, []), TEMPLATES[report.options.template]
+            )
+            done.update(what)
+            if value is not None:
+                done["written"] += 1
+                yield value
+
+    write(repaired(), out)
+    return done
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(
+        hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little"
+    )

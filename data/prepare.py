@@ -1,0 +1,272 @@
+"""Prepare a DATA_ROOT: python data/prepare.py plan|unpack|convert|check|index ...
+
+Nothing here is needed to train; all of it is cheaper than to find out on a GPU. Exit codes: 0 all is well, 1
+something would be lost or is missing, 2 the command cannot be carried out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+GIGA = 1e9
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    from data.catalog import GROUPS
+    from data.convert import CONVERTERS
+
+    whole = argparse.ArgumentParser(
+        prog="python data/prepare.py", description="Prepare the folder of training data."
+    )
+    commands = whole.add_subparsers(dest="command", required=True)
+
+    def command(name: str, about: str, mix: bool = True) -> argparse.ArgumentParser:
+        made = commands.add_parser(name, help=about, description=about)
+        made.add_argument("--root", default="$DATA_ROOT", help="the folder of the data (default: $DATA_ROOT)")
+        if mix:
+            known = ", ".join(GROUPS)
+            made.add_argument("mix", nargs="+", help=f"groups ({known}), data sets, or .json files")
+        return made
+
+    def reading(made: argparse.ArgumentParser, required: bool) -> None:
+        made.add_argument("--tokenizer", type=Path, required=required, help="a folder with tokenizer.json")
+        made.add_argument("--template", default="v1", help="conversation template (default: v1)")
+
+    command("plan", "Say what to download, how large it is and where it goes.")
+    made = command("unpack", "Unpack downloaded archives into the tree; goes on where it was stopped.")
+    made.add_argument("--downloads", type=Path, help="where the archives are (default: the root)")
+    made.add_argument("--delete", action="store_true", help="delete an archive once it is unpacked")
+    made = command("check", "Read everything and report what would be lost; exit code 1 if anything.")
+    reading(made, required=False)
+    made.add_argument("--max-length", type=int, default=2048, help="tokens of a sequence (default: 2048)")
+    made.add_argument("--patches", type=int, default=576, help="tokens of an image (default: 576)")
+    made.add_argument("--no-pictures", action="store_true", help="do not open the pictures")
+    made.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="threads that decode")
+    made.add_argument("--out", type=Path, help="folder for check.json and check.html (default: ROOT/check)")
+    made.add_argument("--fix", action="store_true", help="write NAME.fixed.json beside each file with losses")
+    made = command("index", "Tokenise once for all runs; goes on where it was stopped.")
+    reading(made, required=True)
+    made = command("convert", "Convert a publisher's own file into the annotation schema.", mix=False)
+    made.add_argument("kind", choices=[*CONVERTERS, "mimic-it-pictures"])
+    made.add_argument("source", type=Path)
+    made.add_argument("--out", type=Path, required=True, help="the new file; for pictures the new folder")
+    made.add_argument("--prefix", default="", help="folder under the root in which the pictures are")
+    made.add_argument("--texts", type=Path, help="a file of its own for records without pictures")
+    return whole
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Carry out a command; its exit code."""
+    options = parser().parse_args(arguments)
+    try:
+        return {"plan": plan, "unpack": unpack, "check": check, "index": index, "convert": convert}[
+            options.command
+        ](options)
+    except (ValueError, OSError, KeyError) as error:
+        words = f"a record lacks {error}" if isinstance(error, KeyError) else str(error)
+        print(f"prepare: {words}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nprepare: stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+
+
+def plan(options: argparse.Namespace) -> int:
+    """What is there, and what is to be downloaded."""
+    from data.archives import files_of
+    from data.catalog import HUB, annotation_path
+
+    root = _root(options, must=False)
+    missing: list[tuple[str, float, str]] = []
+    kept = 0.0
+    for dataset in _datasets(options):
+        try:
+            print(f"{dataset.name:18} {annotation_path(root, dataset.annotation)} is there")
+        except ValueError:
+            missing.append((f"train_json/{dataset.annotation}", dataset.megabytes / 1e3, str(root)))
+            print(f"{dataset.name:18} {dataset.annotation} is missing")
+        archive = dataset.archive
+        if archive and not (root / dataset.images).is_dir():
+            into = f"{root}, then `prepare.py unpack`, which fills {root / dataset.images}"
+            folder = f"{archive.into}/" if archive.into else ""
+            missing += [(f"{folder}{name}", size, into) for name, size in files_of(dataset).items()]
+            kept += archive.gigabytes
+        print(f"{'':18} {dataset.page}")
+        print(f"{'':18} licence: {dataset.licence}" + (f"; {dataset.note}" if dataset.note else ""))
+    if not missing:
+        print("\nall files are there; next: python data/prepare.py check")
+        return 0
+    print(f"\nto download, from https://huggingface.co/datasets/{HUB}:")
+    for name, size, into in missing:
+        print(f"  {name:40} {size:7.2f} GB  into {into}")
+    total = sum(size for _, size, _ in missing)
+    print(f"  {'together':40} {total:7.2f} GB")
+    print(
+        f"  unpacked pictures take about {kept:.1f} GB more, until the archives are deleted (unpack --delete)"
+    )
+    near = next(folder for folder in [root, *root.resolve().parents] if folder.is_dir())
+    print(f"  free under {near}: {shutil.disk_usage(near).free / GIGA:.1f} GB")
+    names = " ".join(f"'{name}'" for name, _, _ in missing)
+    print(f"\n  hf download {HUB} {names} --repo-type dataset --local-dir {root}")
+    return 1
+
+
+def unpack(options: argparse.Namespace) -> int:
+    """Archives into the tree."""
+    from data.archives import files_of
+    from data.archives import unpack as into_tree
+
+    root = _root(options)
+    downloads = options.downloads or root
+    for dataset in _datasets(options):
+        if dataset.archive is None:
+            continue
+        bar = Bar(dataset.name)
+        made, there = into_tree(dataset, downloads, root, bar.show)
+        bar.close()
+        print(f"{dataset.name}: {made:,} files written, {there:,} were there, in {root / dataset.images}")
+        if options.delete:
+            for name in files_of(dataset):
+                for place in (downloads / name, downloads / dataset.archive.into / name):
+                    place.unlink(missing_ok=True)
+    return 0
+
+
+def check(options: argparse.Namespace) -> int:
+    """Everything read, and reported."""
+    from data import checking, report
+    from data.conversation import TEMPLATES, tokenizer_faults
+
+    root, tokenizer = _root(options), _tokenizer(options)
+    if options.template not in TEMPLATES:
+        raise ValueError(f"no template is called {options.template!r}; there are {', '.join(TEMPLATES)}")
+    faults = tokenizer_faults(tokenizer, options.template) if tokenizer is not None else []
+    for fault in faults:
+        print(f"LOST  tokenizer: {fault}")
+    if tokenizer is None:
+        print("without --tokenizer the lengths of samples are not looked at")
+    wanted = checking.Options(
+        tokenizer=tokenizer,
+        template=options.template,
+        max_length=options.max_length,
+        patches=options.patches,
+        pictures=not options.no_pictures,
+        workers=options.workers,
+    )
+    bars: dict[str, Bar] = {}
+
+    def progress(name: str, done: int, size: int) -> None:
+        bars.setdefault(name, Bar(name)).show(done, size)
+
+    found = checking.check(root, _datasets(options), wanted, progress)
+    for bar in bars.values():
+        bar.close()
+    out = options.out or root / "check"
+    print(report.as_text(found, report.write(found, out)))
+    print(f"the whole report: {out / 'check.html'} and check.json")
+    if options.fix:
+        for file in found.files:
+            if file.path and file.kinds:
+                path = Path(file.path)
+                target = path.with_name(f"{path.stem}.fixed.json")
+                done = checking.fix(found, path, target)
+                print(f"{target}: " + ", ".join(f"{count:,} {what}" for what, count in sorted(done.items())))
+    return 1 if found.lost or faults else 0
+
+
+def index(options: argparse.Namespace) -> int:
+    """The training indexes, built."""
+    from data.catalog import annotation_path
+    from data.conversation import tokenizer_faults
+    from data.index import fingerprint, open_index
+
+    root, tokenizer = _root(options), _tokenizer(options)
+    if faults := tokenizer_faults(tokenizer, options.template):
+        raise ValueError(f"the tokenizer does not suit template {options.template}: {'; '.join(faults)}")
+    key, worst = fingerprint(tokenizer, options.template), 0
+    for dataset in _datasets(options):
+        bar = Bar(dataset.name)
+        path = annotation_path(root, dataset.annotation)
+        made = open_index(path, tokenizer, options.template, bar.show, key)
+        bar.close()
+        faults = [f"record {fault.record}: {fault.why}" for fault in made.faults()]
+        print(f"{dataset.name}: {len(made):,} records, {made.meta['tokens']:,} tokens in {made.folder}")
+        for fault in faults[:5]:
+            print(f"  cannot be trained on: {fault}")
+        if faults:
+            print(f"  {len(faults):,} in all; `check --fix` writes a file without them")
+            worst = 1
+    return worst
+
+
+def convert(options: argparse.Namespace) -> int:
+    """A publisher's file into the schema."""
+    from data.convert import CONVERTERS, write, write_pictures
+
+    if options.kind == "mimic-it-pictures":
+        made, broken = write_pictures(options.source, options.out)
+        print(f"{made:,} pictures written to {options.out}")
+        for name in broken[:5]:
+            print(f"  {name}: not base64")
+        return 1 if broken else 0
+    kept, texts = write(CONVERTERS[options.kind](options.source, options.prefix), options.out, options.texts)
+    print(f"{kept:,} records in {options.out}" + (f", {texts:,} in {options.texts}" if options.texts else ""))
+    return 0
+
+
+class Bar:
+    """Progress of bytes, on a terminal once a tenth of a second, else silent."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.started, self.last = name, time.monotonic(), 0.0
+        self.live = sys.stderr.isatty()
+
+    def show(self, done: int, size: int) -> None:
+        """Draw it."""
+        now = time.monotonic()
+        if self.live and (now - self.last > 0.1 or done >= size):
+            self.last, share = now, done / max(1, size)
+            left = (now - self.started) * (1 - share) / max(share, 1e-9)
+            full = "#" * round(30 * share)
+            print(f"\r{self.name:18} [{full:30}] {share:6.1%} {left:6.0f} s left", end="", file=sys.stderr)
+
+    def close(self) -> None:
+        """End its line."""
+        if self.live and self.last:
+            print(file=sys.stderr)
+
+
+def _root(options: argparse.Namespace, must: bool = True) -> Path:
+    root = os.path.expanduser(os.path.expandvars(options.root))
+    if "$" in root:
+        raise ValueError(
+            f"--root is {options.root}, and that variable is not set: export it, or say --root FOLDER"
+        )
+    if must and not Path(root).is_dir():
+        raise ValueError(f"--root: there is no folder {root}")
+    return Path(root)
+
+
+def _datasets(options: argparse.Namespace):  # type: ignore[no-untyped-def]
+    from data.catalog import resolve
+
+    return [dataset for dataset, _ in resolve(dict.fromkeys(options.mix, 1.0))]
+
+
+def _tokenizer(options: argparse.Namespace):  # type: ignore[no-untyped-def]
+    from data.tokenizer_file import TokenizerFile
+
+    return TokenizerFile(options.tokenizer) if options.tokenizer else None
+
+
+if __name__ == "__main__":
+    # Run as a file, Python puts data/ at the head of the path; the repository belongs there.
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    sys.exit(main())

@@ -1,0 +1,91 @@
+"""A tokenizer folder read with the `tokenizers` library alone, for the tools that prepare data.
+
+It gives the ids that the training's own class gives for the same tokenizer.json, and so the same index.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+
+class TokenizerFile:
+    """As much of a fast tokenizer as data preparation needs."""
+
+    is_fast = True
+
+    def __init__(self, folder: Path) -> None:
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            raise ValueError(
+                f"{folder}: there is no tokenizer.json; name a run's tokenizer folder, or a model's folder"
+            )
+        self.backend_tokenizer = Tokenizer.from_file(str(path))
+        said: dict[str, Any] = {}
+        for name in ("special_tokens_map.json", "tokenizer_config.json"):
+            if (folder / name).is_file():
+                said |= json.loads((folder / name).read_text(encoding="utf-8"))
+        self.chat_template = said.get("chat_template")
+        if self.chat_template is None and (folder / "chat_template.jinja").is_file():
+            self.chat_template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        self._special: dict[str, str] = {
+            name: token["content"] if isinstance(token, dict) else token
+            for name in ("bos_token", "eos_token", "pad_token", "unk_token")
+            if (token := said.get(name)) is not None
+        }
+
+        if "unk_token" in self._special:
+            self._special["pad_token"] = self._special["unk_token"]  # as training does, for every backbone
+
+    def __getattr__(self, name: str) -> Any:
+        """bos_token, bos_token_id and their like; None when the tokenizer has no such token."""
+        if name.removesuffix("_id") not in ("bos_token", "eos_token", "pad_token", "unk_token"):
+            raise AttributeError(name)
+        token = self._special.get(name.removesuffix("_id"))
+        if not name.endswith("_id") or token is None:
+            return token
+        return self.backend_tokenizer.token_to_id(token)
+
+    def __len__(self) -> int:
+        return int(self.backend_tokenizer.get_vocab_size())
+
+    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
+        encoding = self.backend_tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        return {"input_ids": encoding.ids}
+
+    @property
+    def all_special_tokens(self) -> list[str]:
+        """The texts that become one token wherever they stand."""
+        added = self.backend_tokenizer.get_added_tokens_decoder().values()
+        return sorted({token.content for token in added if token.special} | set(self._special.values()))
+
+    def get_vocab(self) -> dict[str, int]:
+        """Tokens and their ids."""
+        return dict(self.backend_tokenizer.get_vocab())
+
+    def decode(self, ids: list[int], skip_special_tokens: bool = False) -> str:
+        """The text of ids."""
+        return str(self.backend_tokenizer.decode(ids, skip_special_tokens=skip_special_tokens))
+
+    def apply_chat_template(
+        self, messages: list[dict[str, str]], tokenize: bool = False, add_generation_prompt: bool = False
+    ) -> str:
+        """A conversation in the tokenizer's own template, as text."""
+        from jinja2 import StrictUndefined
+        from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
+        )
+
+        def refuse(message: str) -> None:
+            raise ValueError(f"the tokenizer's chat template refuses the conversation: {message}")
+
+        environment.globals["raise_exception"] = refuse
+        template = environment.from_string(self.chat_template or "")
+        return template.render(
+            messages=messages, add_generation_prompt=add_generation_prompt, **self._special
+        )
