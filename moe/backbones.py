@@ -370,7 +370,7 @@ def language_config(model_type: str, values: Mapping[str, object]) -> Any:
     from transformers import AutoConfig
 
     known = dict(values)
-    rope = {k: known.pop(k) for k in ("rope_theta", "partial_rotary_factor") if k in known}
+    rope: dict[str, object] = {k: known.pop(k) for k in ("rope_theta", "partial_rotary_factor") if k in known}
     if rope:
         known.setdefault("rope_parameters", {"rope_type": "default", **rope})
     try:
@@ -633,7 +633,7 @@ def train_tokenizer(texts: Iterable[str], size: int) -> Tokenizer:
     trained = Trained(models.BPE(unk_token=None))
     trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trained.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
+    trainer: Any = trainers.BpeTrainer(  # type: ignore[no-untyped-call]
         vocab_size=size, special_tokens=specials, initial_alphabet=sorted(alphabet), show_progress=False
     )
     trained.train_from_iterator(texts, trainer)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 import torch.distributed as dist
@@ -137,6 +137,21 @@ def _exchange(rows: Tensor, send: list[int], receive: list[int], group: Any) -> 
     return got
 
 
+def gather(rows_MD: Tensor, index_NK: Tensor, back_MJ: Tensor, holes: bool) -> Tensor:
+    """As `Gather`."""
+    return cast(Tensor, Gather.apply(rows_MD, index_NK, back_MJ, holes))  # type: ignore[no-untyped-call]
+
+
+def weigh(rows_ND: Tensor, weight_TK: Tensor, row_TK: Tensor, token_N: Tensor) -> Tensor:
+    """As `Weigh`."""
+    return cast(Tensor, Weigh.apply(rows_ND, weight_TK, row_TK, token_N))  # type: ignore[no-untyped-call]
+
+
+def exchange(rows: Tensor, send: list[int], receive: list[int], group: Any) -> Tensor:
+    """As `Exchange`."""
+    return cast(Tensor, Exchange.apply(rows, send, receive, group))  # type: ignore[no-untyped-call]
+
+
 class TorchDispatcher:
     """Sends exactly the kept choices, sorted by expert; needs nothing but PyTorch."""
 
@@ -158,7 +173,7 @@ class TorchDispatcher:
         token_N = torch.empty(kept + 1, dtype=torch.int64, device=x_TD.device)
         token_N[row_TK] = token_TK
         token_N = token_N[:kept]
-        rows = Gather.apply(x_TD, token_N[:, None], row_TK, routing.capacity is not None)
+        rows = gather(x_TD, token_N[:, None], row_TK, routing.capacity is not None)
         ticket = (routing.weight_TK, row_TK, token_N)
         if self.groups.expert_parallel == 1:
             return Sent(rows, load_E if x_TD.is_cuda else load_E.tolist(), (*ticket, None))
@@ -169,14 +184,16 @@ class TorchDispatcher:
         dist.all_to_all_single(receive_RE, send_RE.contiguous(), group=group)
         both = torch.stack([send_RE, receive_RE]).tolist()
         send, receive = ([sum(experts) for experts in side] for side in both)
-        rows = Exchange.apply(rows, send, receive, group)
+        rows = exchange(rows, send, receive, group)
         # From (rank, expert) order to (expert, rank) order.
-        by_rank = torch.arange(len(rows), device=rows.device).split([n for rank in both[1] for n in rank])
+        by_rank = torch.split(
+            torch.arange(len(rows), device=rows.device), [n for rank in both[1] for n in rank]
+        )
         local = len(both[1][0])
         order_N = torch.cat([by_rank[r * local + e] for e in range(local) for r in range(ranks)])
         back_N = torch.empty_like(order_N)
         back_N[order_N] = torch.arange(len(order_N), device=rows.device)
-        rows = Gather.apply(rows, order_N[:, None], back_N[:, None], False)
+        rows = gather(rows, order_N[:, None], back_N[:, None], False)
         loads = [sum(rank[e] for rank in both[1]) for e in range(local)]
         return Sent(rows, loads, (*ticket, (send, receive, order_N, back_N)))
 
@@ -184,10 +201,9 @@ class TorchDispatcher:
         weight_TK, row_TK, token_N, travel = sent.ticket
         if travel is not None:
             send, receive, order_N, back_N = travel
-            y = Gather.apply(y, back_N[:, None], order_N[:, None], False)
-            y = Exchange.apply(y, receive, send, self.groups.expert_group)
-        out: Tensor = Weigh.apply(y, weight_TK, row_TK, token_N)
-        return out
+            y = gather(y, back_N[:, None], order_N[:, None], False)
+            y = exchange(y, receive, send, self.groups.expert_group)
+        return weigh(y, weight_TK, row_TK, token_N)
 
 
 # ------------------------------------------------------------------ Tutel
@@ -251,7 +267,8 @@ class TutelDispatcher:
         rows_ECD = self._back(y, critical[0])
         if not tokens:
             weights = sum(column.sum() for column in critical[3])
-            return rows_ECD.reshape(-1, rows_ECD.shape[-1])[:0] + weights.to(y.dtype)
+            none: Tensor = rows_ECD.reshape(-1, rows_ECD.shape[-1])[:0] + weights.to(y.dtype)
+            return none
         out: Tensor = self.moe.fast_decode(rows_ECD.contiguous(), critical)
         return out
 
@@ -265,10 +282,11 @@ class TutelDispatcher:
         experts, length, width = rows_ECD.shape
         got = self.net.all_to_all_single(rows_ECD.contiguous(), group=self.groups.expert_group)
         # [R, e, C, D] by sender -> [e, R * C, D]
-        return (
+        return cast(
+            Tensor,
             got.view(ranks, experts // ranks, length, width)
             .transpose(0, 1)
-            .reshape(-1, ranks * length, width)
+            .reshape(-1, ranks * length, width),
         )
 
     def _back(self, y_eSD: Tensor, experts: int) -> Tensor:

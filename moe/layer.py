@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe.dispatch import Dispatcher, Gather
+from moe.dispatch import Dispatcher, gather
 from moe.experts import Experts
 from moe.router import Router, Traffic
 
@@ -49,8 +49,8 @@ class MoELayer(nn.Module):
         # -1 where a position is padding
         back = torch.full((len(flat),), -1, device=x.device)
         back[real_T] = torch.arange(len(real_T), device=x.device)
-        y_TD = self._sparse(Gather.apply(flat, real_T[:, None], back[:, None], True), traffic)
-        return Gather.apply(y_TD, back[:, None], real_T[:, None], True).view_as(x)  # type: ignore[no-any-return]
+        y_TD = self._sparse(gather(flat, real_T[:, None], back[:, None], True), traffic)
+        return gather(y_TD, back[:, None], real_T[:, None], True).view_as(x)
 
     def _sparse(self, x_TD: Tensor, traffic: Traffic | None) -> Tensor:
         routing, report = self.router(x_TD)
@@ -63,7 +63,9 @@ class MoELayer(nn.Module):
         if self.residual is None or self.coefficient is None:
             return y_TD
         share_T2 = self.coefficient(x_TD).softmax(-1)
-        return y_TD * share_T2[:, :1] + self.residual(x_TD) * share_T2[:, 1:]
+        beside_TD: Tensor = self.residual(x_TD)
+        mixed: Tensor = y_TD * share_T2[:, :1] + beside_TD * share_T2[:, 1:]
+        return mixed
 
 
 def announce(decoder_layer: nn.Module) -> None:

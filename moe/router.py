@@ -83,7 +83,7 @@ def balance(reports: list[Report], groups: Groups | None) -> list[Tensor]:
     mine = torch.cat([torch.cat([r.first_E, r.first_E.new_tensor([r.tokens])]) for r in reports])
     dist.all_reduce(mine, group=groups.data_group)
     losses = []
-    for report, both in zip(reports, mine.split([len(r.first_E) + 1 for r in reports]), strict=True):
+    for report, both in zip(reports, torch.split(mine, [len(r.first_E) + 1 for r in reports]), strict=True):
         first_E, tokens = both[:-1].float(), both[-1].clamp(min=1).float()
         losses.append(groups.world * len(first_E) * (report.score_E / tokens * (first_E / tokens)).sum())
     return losses

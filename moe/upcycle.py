@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import nn
 
@@ -75,7 +77,7 @@ def upcycle(vlm: VLM, spec: MoESpec, groups: Groups, seed: int) -> None:
 def _layer(
     vlm: VLM, index: int, total: int, offset: int, held: int, spec: MoESpec, seed: int, dispatcher: object
 ) -> MoELayer:
-    dense: nn.Module = vlm.layers()[index].mlp
+    dense = cast(nn.Module, vlm.layers()[index].mlp)
     first = next(dense.parameters())
     width = vlm.language.config.hidden_size
     generator = torch.Generator().manual_seed(seed * 1_000_003 + index)

@@ -221,16 +221,12 @@ class VLM(nn.Module):
         def chunk(rows: Tensor, target: Tensor) -> Tensor:
             return F.cross_entropy(self.head(rows).float(), target, reduction="sum")
 
-        # At least one chunk, so that a batch without labels stays in the graph.
-        pieces = zip(rows_TD.split(ROWS), target_T.split(ROWS), strict=True)
         if len(rows_TD) <= ROWS:
-            total = sum((chunk(r, t) for r, t in pieces), start=hidden.float().sum() * 0)
-        else:
-            total = sum(
-                (checkpoint(chunk, r, t, use_reentrant=False) for r, t in pieces),
-                start=hidden.float().sum() * 0,
-            )
-        return total, wanted.sum()  # type: ignore[return-value]
+            return chunk(rows_TD, target_T), wanted.sum()
+        total = rows_TD.new_zeros((), dtype=torch.float32)
+        for rows, target in zip(torch.split(rows_TD, ROWS), torch.split(target_T, ROWS), strict=True):
+            total = total + checkpoint(chunk, rows, target, use_reentrant=False)
+        return total, wanted.sum()
 
 
 def projector(kind: str, width: int, hidden: int) -> nn.Module:
