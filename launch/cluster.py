@@ -6,11 +6,11 @@ import os
 import pwd
 import re
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-# What sbatch may hand on from the submitting shell. Anything else (an outer job's SLURM_*, SBATCH_* that would
-# beat the script's lines, keys and tokens) stays where it is.
+# What sbatch may hand on from the submitting shell. Anything else (an outer job's SLURM_*, SBATCH_* that beat
+# the script's lines, keys and tokens) stays where it is.
 KEPT = {
     *("PATH", "HOME", "USER", "LOGNAME", "SHELL", "LANG", "LC_ALL", "TZ", "TERM", "TMPDIR", "DATA_ROOT"),
     *(
@@ -69,6 +69,7 @@ class Job:
     reason: str
     nodes: str
     comment: str  # the submission's token
+    start: float = 0.0  # when it started, or is expected to; seconds since 1970, 0 where SLURM does not say
 
 
 def environment(shell: Mapping[str, str] = os.environ) -> dict[str, str]:
@@ -81,12 +82,16 @@ def environment(shell: Mapping[str, str] = os.environ) -> dict[str, str]:
 
 
 def call(*command: str, timeout: float = 60) -> str:
-    """Run one SLURM command and return what it prints; raises SlurmError with its own words."""
+    """Run one SLURM command and return what it prints; raises SlurmError with its own words.
+
+    Times are printed in seconds since 1970, whatever format the site or the shell prefers.
+    """
     env = {
         key: value
         for key, value in os.environ.items()
-        if not key.startswith(("SBATCH_", "SQUEUE_", "SCONTROL_"))
+        if not key.startswith(("SBATCH_", "SQUEUE_", "SCONTROL_", "SACCT_", "SINFO_"))
     }
+    env["SLURM_TIME_FORMAT"] = "%s"
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=env)
     except FileNotFoundError:
@@ -99,19 +104,59 @@ def call(*command: str, timeout: float = 60) -> str:
 
 
 def jobs() -> dict[str, Job]:
-    """This user's array elements in the queue, by their A_a ids; raises SlurmError."""
+    """This user's array elements by A_a, also those whose end SLURM still remembers; raises SlurmError."""
     user = pwd.getpwuid(os.getuid()).pw_name
     found = {}
-    for line in call("squeue", "-h", "-r", "-u", user, "-o", "%i|%T|%r|%N|%k").splitlines():
-        id, state, reason, nodes, comment = (*line.split("|", 4), "", "", "", "")[:5]
-        found[id] = Job(id, state, reason, nodes, comment)
+    for line in call("squeue", "-h", "-r", "-t", "all", "-u", user, "-o", "%i|%T|%r|%N|%k|%S").splitlines():
+        id, state, reason, nodes, comment, start = (*line.split("|"), "", "", "", "", "")[:6]
+        found[id] = Job(id, state, reason, nodes, comment, float(start) if start.isdigit() else 0.0)
     return found
 
 
 def show(job: str) -> dict[str, str]:
     """`scontrol show job` as a mapping; raises SlurmError."""
-    text = call("scontrol", "-o", "show", "job", job, timeout=20)
-    return dict(pair.split("=", 1) for pair in text.split() if "=" in pair)
+    return fields(call("scontrol", "-o", "show", "job", job, timeout=20))
+
+
+def fields(line: str) -> dict[str, str]:
+    """The `Key=value` pairs of one of scontrol's lines. Values may hold spaces: a key starts a new pair."""
+    parts = re.split(r"(?:^|\s)([A-Z][\w/:]*)=", line.strip())[1:]
+    return dict(zip(parts[::2], (value.strip() for value in parts[1::2]), strict=True))
+
+
+@dataclass(frozen=True)
+class Past:
+    """One execution of an array element, as accounting has it; times in seconds since 1970, 0 for not yet."""
+
+    id: str  # A_a
+    state: str  # without "by UID"
+    by: str  # the UID that cancelled it
+    exit_code: str  # "1:0": exit status, signal
+    submitted: float
+    started: float
+    ended: float
+    nodes: str
+
+
+def past(elements: Sequence[str]) -> dict[str, list[Past]]:
+    """Every execution of the elements, oldest first, with one call; nothing where there is no accounting."""
+    if not elements:
+        return {}
+    wanted = "JobID,State,ExitCode,Submit,Start,End,NodeList"
+    many = len(elements) > 100  # then whole arrays are shorter to name
+    ids = ",".join(dict.fromkeys(e.partition("_")[0] if many else e for e in elements))
+    try:
+        text = call("sacct", "-n", "-P", "-X", "-D", "-S", "1970-01-02", "-j", ids, "-o", wanted, timeout=30)
+    except SlurmError:
+        return {}
+    found: dict[str, list[Past]] = {}
+    for line in text.splitlines():
+        if len(parts := line.split("|")) == 7:
+            state, _, by = parts[1].partition(" by ")
+            times = [float(part) if part.isdigit() else 0.0 for part in parts[3:6]]
+            row = Past(parts[0], state, by, parts[2], times[0], times[1], times[2], parts[6])
+            found.setdefault(row.id, []).append(row)
+    return {id: sorted(rows, key=lambda row: row.started or 1e12) for id, rows in found.items()}
 
 
 def element_id(env: Mapping[str, str] = os.environ) -> str:

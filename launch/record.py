@@ -45,12 +45,19 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def append_line(path: Path, record: Mapping[str, object]) -> None:
-    """Add one record to a journal with a single write; records of several writers do not mix."""
+    """Add one record to a journal with a single write; records of several writers do not mix.
+
+    A line that a full disk or a crash cut short is ended first, so that it takes no whole one with it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     line = (json.dumps(record, sort_keys=True) + "\n").encode()
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
     try:
-        os.write(handle, line)
+        size = os.fstat(handle).st_size
+        if size and os.pread(handle, 1, size - 1) != b"\n":
+            line = b"\n" + line
+        while line := line[os.write(handle, line) :]:
+            pass  # a short write: the next one says why, or completes the line
         os.fsync(handle)
     finally:
         os.close(handle)
@@ -70,6 +77,43 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
                 continue
             if isinstance(record, dict):
                 yield record
+
+
+def newest_lines(path: Path | str, block: int = 4096) -> Iterator[bytes]:
+    """The file's lines from its end to its start, without line ends; nothing where there is no file.
+
+    What grows without bound is read as far back as the reader asks, in blocks that double.
+    """
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        at = os.fstat(handle).st_size
+        rest = b""
+        while at:
+            size = min(block, at)
+            at -= size
+            lines = (os.pread(handle, size, at) + rest).split(b"\n")
+            rest = lines[0]  # its start may lie before this block
+            yield from reversed(lines[1:])
+            block *= 2
+        yield rest
+    finally:
+        os.close(handle)
+
+
+def newest_records(path: Path | str, skip: bytes = b"") -> Iterator[dict[str, Any]]:
+    """The journal's records, newest first; lines with `skip` in them are passed over unread."""
+    for line in newest_lines(path):
+        if not line or (skip and skip in line):
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict):
+            yield record
 
 
 def sync_folder(folder: Path) -> None:
@@ -146,47 +190,31 @@ class RunFolder:
 
     def last(self, *events: str) -> dict[str, Any] | None:
         """The newest record of one of the events."""
-        found = None
-        for record in read_lines(self.journal_file):
-            if record.get("event") in events:
-                found = record
-        return found
+        return next((r for r in newest_records(self.journal_file) if r.get("event") in events), None)
 
     def last_metrics(self) -> dict[str, Any]:
         """The newest whole row of metrics, read from the file's end; empty before the first step."""
-        try:
-            with open(self.metrics_file, "rb") as file:
-                file.seek(0, os.SEEK_END)
-                file.seek(max(0, file.tell() - 65536))
-                lines = file.read().splitlines()
-        except OSError:
-            return {}
-        for line in reversed(lines):
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(row, dict):
-                return row
-        return {}
+        return next(newest_records(self.metrics_file), {})
 
 
 def find_runs(root: Path) -> list[RunFolder]:
     """All run folders below `root`, by name; run folders hold no other run folders."""
     found = []
-    stack = [root]
+    stack = [top := str(root)]
     while stack:
         folder = stack.pop()
+        if os.path.exists(f"{folder}/run.json"):
+            found.append(folder)
+            continue
         try:
             entries = list(os.scandir(folder))
         except OSError:
             continue
-        if any(entry.name == "run.json" for entry in entries):
-            found.append(RunFolder(folder))
-            continue
         stack += [
-            Path(entry.path)
+            entry.path
             for entry in entries
-            if entry.is_dir(follow_symlinks=False) and entry.name != "code" and not entry.name.startswith(".")
+            if entry.is_dir(follow_symlinks=False)
+            and not entry.name.startswith(".")
+            and not (folder == top and entry.name in ("code", "batches"))
         ]
-    return sorted(found, key=lambda run: run.path)
+    return [RunFolder(Path(folder)) for folder in sorted(found, key=lambda path: path.split("/"))]

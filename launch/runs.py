@@ -1,4 +1,4 @@
-"""Operate on runs: python launch/runs.py list | status | logs | cancel | wait  [RUN ...]"""
+"""Operate on runs: python launch/runs.py VERB [RUN ...]; --help names the verbs."""
 
 import sys
 from pathlib import Path

@@ -1,11 +1,11 @@
 """A stage as an sbatch script.
 
-The script is submitit's; what follows srun is ours. submitit answers a warning by requeueing from rank 0 at the
-instant it comes, which loses the steps since the last save and strands the other ranks, and its pickles are
-renamed after sbatch returns, which a kill turns into an array of dead jobs. So the ranks run `launch.job`, which
-reads a plan written before sbatch, and the script's last act is `launch.verdict`, which alone decides whether the
-run comes back. It stands apart from launch.cluster because importing submitit takes half a second, which no look
-at the runs should wait for.
+The script is submitit's; what follows srun is ours. submitit answers a warning by requeueing from rank 0 at
+the instant it comes, which loses the steps since the last save and strands the other ranks, and its pickles
+are renamed after sbatch returns, which a kill turns into an array of dead jobs. So the ranks run
+`launch.job`, which reads a plan written before sbatch, and the script's last act is `launch.verdict`, which
+alone decides whether the run comes back. It stands apart from launch.cluster because importing submitit takes
+half a second, which no look at the runs should wait for.
 """
 
 from __future__ import annotations

@@ -183,8 +183,8 @@ def states_of(plan: Plan, queue: Mapping[str, cluster.Job] | None) -> dict[str, 
 
 
 def missing(stage: StagePlan, states: Mapping[str, State]) -> list[Run]:
-    """The stage's runs that are neither done nor on their way."""
-    return [run for run in stage.runs if states[run.name].name not in (*OPEN, "done", "unknown")]
+    """The stage's runs that are neither done nor in the queue with a chance to start."""
+    return [run for run in stage.runs if states[run.name].name not in (*OPEN, "held", "done", "unknown")]
 
 
 def submit(plan: Plan, code: Path) -> Iterator[tuple[Batch, str]]:
@@ -198,7 +198,12 @@ def submit(plan: Plan, code: Path) -> Iterator[tuple[Batch, str]]:
         for stage in plan.stages:
             for runs, dependency in batches(stage, missing(stage, states), jobs):
                 batch = Batch(stage, runs, dependency, token_of(runs, root))
+                if dead := [states[run.name].job for run in runs if states[run.name].name == "blocked"]:
+                    cluster.call("scancel", *dead)  # they wait for what has failed, and would wait for ever
                 prepare(batch, code)
+                for run in runs:
+                    if states[run.name].attempts:
+                        run.folder.note("released")  # asked for anew, the run has its budgets anew
                 job = send(batch, lock)
                 jobs |= {run.name: f"{job}_{run.index}" for run in runs}
                 yield batch, job

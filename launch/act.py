@@ -1,0 +1,169 @@
+"""cancel, requeue and throttle: what changes runs that SLURM, or this machine, already has.
+
+Each names what it will touch before it does, asks when that is more than one run, and notes in the journal
+who asked, so that `explain` can say it later.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+
+from launch import cluster
+from launch.exits import FAILED, NO_SLURM, OK, USAGE
+from launch.logs import complain
+from launch.record import RunFolder
+from launch.show import Line, Look, look
+from launch.status import children
+
+ENDABLE = ("running", "queued", "waiting", "held", "blocked")
+
+
+def agreed(lines: Sequence[Line], verb: str, options: argparse.Namespace) -> bool | None:
+    """Name the runs; whether to go on, None where nobody is there to say so."""
+    for line in lines:
+        where = f"  {line.state.job}" if line.state.job else ""
+        print(f"{line.short}  {line.state.name}{where}", file=sys.stderr if options.json else sys.stdout)
+    if len(lines) < 2 or options.yes:
+        return True
+    if not sys.stdin.isatty():
+        complain(f"{len(lines)} runs would be {verb}; say -y")
+        return None
+    return input(f"{verb} {len(lines)} runs? [y/N] ").strip().lower() in ("y", "yes")
+
+
+def user() -> str:
+    """Who asks, for the journal."""
+    return os.environ.get("USER", "") or str(os.getuid())
+
+
+def cancel(chosen: Sequence[RunFolder], options: argparse.Namespace) -> int:
+    """End runs for good."""
+    seen = look(chosen, options.runs)
+    if seen.why:
+        return _slurm(f"{seen.why}; nothing was cancelled")
+    open_ = [line for line in seen.lines if line.state.name in ENDABLE and line.state.job]
+    if not open_:
+        return _said(options, [], "nothing to cancel: none of these runs is running or queued")
+    if not (yes := agreed(open_, "cancelled", options)):
+        return USAGE if yes is None else OK
+    elements = []
+    for line in open_:
+        line.folder.note("cancelled", by=user())
+        if line.batch:
+            elements.append(line.state.job)
+        else:
+            for rank in children(int(line.state.job)):
+                os.kill(rank, signal.SIGTERM)
+    try:
+        for start in range(0, len(elements), 500):
+            cluster.call("scancel", *elements[start : start + 500])
+    except cluster.SlurmError as error:
+        return _slurm(str(error))
+    return _said(options, open_, f"cancelled {len(open_)} run(s)")
+
+
+def requeue(chosen: Sequence[RunFolder], options: argparse.Namespace) -> int:
+    """Have runs start another attempt of the same job, after a save where they run."""
+    seen = look(chosen, options.runs)
+    if seen.why:
+        return _slurm(f"{seen.why}; nothing was requeued")
+    acts = [(line, _way(line, seen, options.now)) for line in seen.lines]
+    refused = [(line, act) for line, act in acts if isinstance(act, str)]
+    todo = [(line, act) for line, act in acts if not isinstance(act, str)]
+    for line, words in refused:
+        print(f"{line.short}: {words}", file=sys.stderr)
+    if not todo:
+        return FAILED if any(line.state.name not in ("queued", "waiting") for line, _ in refused) else OK
+    if not (yes := agreed([line for line, _ in todo], "requeued", options)):
+        return USAGE if yes is None else OK
+    for line, act in todo:
+        try:
+            act()
+        except cluster.SlurmError as error:
+            return _slurm(f"{line.short}: {error}")
+    done = [line for line, _ in todo]
+    return _said(options, done, "\n".join(f"{line.short}: {_told(line, options.now)}" for line in done))
+
+
+def _way(line: Line, seen: Look, now: bool) -> Callable[[], None] | str:
+    """How to requeue a run, or why not."""
+    state, job = line.state, f"{line.batch}_{line.facts.element}"
+    if state.name == "done":
+        return "it is done"
+    if state.name in ("queued", "waiting"):
+        return "it is in the queue already"
+    if not line.batch:
+        return "it is not a SLURM job; submit.py with its experiment goes on from the last save"
+    if state.name == "running":
+        return lambda: _running(line, now)
+    if state.name == "held":
+        return lambda: _noted(line, "scontrol", "release", state.job)
+    if job in (seen.queue or {}) and state.name != "blocked":
+        return lambda: _noted(line, "scontrol", "requeue", job)
+    return f"SLURM no longer has job {job}; `runs.py resubmit {line.short}` submits it anew"
+
+
+def _running(line: Line, now: bool) -> None:
+    line.folder.note("requeued", by=user())
+    if now:
+        cluster.call("scontrol", "requeue", line.state.job)
+    else:
+        # As the warning before the walltime: the ranks save, however long it takes; the verdict requeues.
+        cluster.call("scancel", "--signal=USR2", line.state.job)
+
+
+def _noted(line: Line, *command: str) -> None:
+    cluster.call(*command)
+    line.folder.note("requeued", by=user())
+    line.folder.note("released")  # its budgets start anew
+    if line.state.name != "held":  # what it ended with, "cancelled" above all, is over
+        line.folder.note("submitting", batch=line.facts.batch, index=line.facts.element)
+
+
+def _told(line: Line, now: bool) -> str:
+    if line.state.name == "held":
+        return "released; it waits in the queue"
+    if line.state.name == "running" and not now:
+        return "told to save; it goes back into the queue when it has"
+    return "requeued; SLURM lets it start after about two minutes"
+
+
+def throttle(chosen: Sequence[RunFolder], options: argparse.Namespace) -> int:
+    """Limit how many elements of the runs' arrays may run at a time, now and from now on."""
+    if options.limit < 0:
+        return complain(f"{options.limit}: a limit is a number of runs, 0 for none")
+    seen = look(chosen, options.runs)
+    if seen.why:
+        return _slurm(f"{seen.why}; nothing was changed")
+    arrays: dict[str, Line] = {}
+    for line in seen.lines:
+        if line.batch and line.state.name in ENDABLE:
+            arrays.setdefault(line.batch, line)
+    if not arrays:
+        return _said(options, [], "nothing to throttle: none of these runs is running or queued")
+    for array in arrays:
+        try:
+            cluster.call("scontrol", "update", f"JobId={array}", f"ArrayTaskThrottle={options.limit}")
+        except cluster.SlurmError as error:
+            return _slurm(f"array {array}: {error}")
+    limit = f"at most {options.limit} at a time" if options.limit else "no limit"
+    return _said(options, list(arrays.values()), "\n".join(f"array {array}: {limit}" for array in arrays))
+
+
+def _slurm(words: str) -> int:
+    print(f"error: SLURM: {words}", file=sys.stderr)
+    return NO_SLURM
+
+
+def _said(options: argparse.Namespace, lines: Sequence[Line], words: str) -> int:
+    if options.json:
+        rows = [{"run": line.name, "was": line.state.name, "job": line.state.job} for line in lines]
+        print(json.dumps({options.verb: rows}))
+    else:
+        print(words)
+    return OK

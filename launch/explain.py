@@ -1,0 +1,374 @@
+"""explain: why a run waits, was restarted, has failed or is held, in sentences with times.
+
+From the journal, one squeue, and sacct where there is accounting. `tell` is a function of what these said,
+so that scripted histories can be told in a test.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from launch import cluster
+from launch.address import name
+from launch.exits import OK
+from launch.ledger import brief
+from launch.reasons import ENDS, VERDICTS, waiting
+from launch.record import RunFolder, read_json
+from launch.show import look
+from launch.spec import Duration
+from launch.status import State, label, state_of
+
+
+@dataclass(frozen=True)
+class Sight:
+    """All that was seen of one run."""
+
+    journal: Sequence[Mapping[str, Any]]
+    state: State
+    job: cluster.Job | None = None
+    past: Sequence[cluster.Past] = ()  # every execution that accounting knows, of any of its jobs
+    parent: str = ""
+    parent_state: State | None = None
+    walltime: float = 0.0
+    grace: float = 0.0
+    row: Mapping[str, Any] = field(default_factory=dict)  # the newest of metrics.jsonl
+    where: str = ""  # the source line that failed, of the newest attempt
+    log: str = ""
+
+
+@dataclass(frozen=True)
+class Story:
+    """The answer: what happened when, why the run is where it is, and what to do."""
+
+    cause: str
+    why: str
+    todo: str
+    events: tuple[tuple[float, str], ...]
+
+
+def explain(chosen: Sequence[RunFolder], options: argparse.Namespace) -> int:
+    """Print one run's story."""
+    folder = chosen[0]
+    seen = look([folder], options.runs)
+    line = seen.lines[0]
+    story = tell(sight(folder, line.state, seen.queue), time.time())
+    title = name(folder, options.runs).removesuffix("/run")
+    if options.json:
+        events = [{"time": at, "text": text} for at, text in story.events]
+        print(json.dumps({"run": title, "state": line.state.name, **vars(story), "events": events}, indent=1))
+        return OK
+    step = (
+        f", step {line.state.step}" + (f"/{line.state.steps}" if line.state.steps else "")
+        if line.state.step
+        else ""
+    )
+    print(f"{title}  {line.state.name}{f'  {line.state.job}' * bool(line.state.job)}{step}")
+    now = time.time()
+    for at, text in story.events:
+        print(f"  {clock(at, now)}  {text}")
+    print(f"why: {story.why}")
+    if story.todo:
+        print(f"do:  {story.todo}")
+    if seen.why:
+        print(f"warning: SLURM: {seen.why}; this is from the run's folder alone", file=sys.stderr)
+    return OK
+
+
+def sight(folder: RunFolder, state: State, queue: Mapping[str, cluster.Job] | None) -> Sight:
+    """Gather what is known of the run; one sacct at most."""
+    journal = folder.journal
+    elements = [str(record["attempt"]).rpartition("-")[0] for record in journal if record.get("attempt")]
+    elements += [state.job] if "_" in state.job else []
+    elements = [element for element in dict.fromkeys(elements) if element.partition("_")[0].isdigit()]
+    past = [row for rows in cluster.past(elements).values() for row in rows] if elements else []
+    spec = read_json(folder.spec_file) or {}
+    parent = str(folder.run.get("parent") or "")
+    attempt = next((str(r["attempt"]) for r in reversed(journal) if r.get("attempt")), "")
+    failures = (
+        [read_json(path) or {} for path in folder.logs(attempt).glob("failure_*.json")] if attempt else []
+    )
+    first = min(failures, key=lambda failure: failure.get("time", 1e12), default={})
+    return Sight(
+        journal=journal,
+        state=state,
+        job=(queue or {}).get(state.job),
+        past=past,
+        parent=label(parent) if parent else "",
+        parent_state=state_of(RunFolder(folder.path.__class__(parent)), queue) if parent else None,
+        walltime=_seconds(spec, "walltime"),
+        grace=_seconds(spec, "grace"),
+        row=folder.last_metrics(),
+        where=str((first.get("where") or [""])[-1]),
+        log=str(folder.log_of(attempt, int(first.get("rank", 0)))) if attempt else "",
+    )
+
+
+def _seconds(spec: Mapping[str, Any], key: str) -> float:
+    try:
+        return float(Duration.parse(str(spec["cluster"][key])))
+    except (KeyError, TypeError, ValueError):
+        return 0.0
+
+
+def tell(seen: Sight, now: float) -> Story:
+    """The story that follows from what was seen."""
+    events = tuple(_events(seen))
+    cause, why, todo = _why(seen, now)
+    return Story(cause, why[:1].upper() + why[1:] + "." * (not why.endswith((".", "!"))), todo, events)
+
+
+# ------------------------------------------------------------------------------------------ what happened
+
+
+def _events(seen: Sight) -> list[tuple[float, str]]:
+    told: list[tuple[float, str]] = []
+    number: dict[str, int] = {}
+    asked, saved, begun = 0.0, 0, 0.0
+    for record in seen.journal:
+        at, event, attempt = float(record.get("time", 0.0)), record["event"], str(record.get("attempt", ""))
+        if attempt and attempt not in number:
+            number[attempt] = len(number) + 1
+        which = f"attempt {number.get(attempt, 0)}"
+        if event == "submitting":
+            asked = at
+            told.append((at, "submitted" if len(told) == 0 else "submitted again"))
+        elif event == "launched":
+            begun = at
+        elif event == "start":
+            told.append((at, f"{which} {_began(record, saved, asked, begun or at)}"))
+            begun = begun or at
+        elif event == "saved":
+            saved = int(record.get("step", saved))
+        elif event == "cancelled":
+            told.append((at, f"{record.get('by') or 'someone'} asked to cancel it"))
+        elif event == "requeued":
+            told.append((at, f"{record.get('by') or 'someone'} asked to requeue it"))
+        elif event == "verdict":
+            told.append((at, f"{which} {_ended(seen, record, saved, begun, at)}"))
+            asked, begun = at, 0.0
+    return told
+
+
+def _began(record: Mapping[str, Any], saved: int, asked: float, begun: float) -> str:
+    text = f"began on {record.get('node', 'its nodes')} from step {record.get('step', 0)}"
+    if asked and begun - asked >= 60:
+        text += f", after {brief(begun - asked)} in the queue"
+    if (again := int(record.get("last", 0)) - int(record.get("step", 0))) > 0:
+        text += f"; {again} step(s) are computed again"
+    return text
+
+
+def _ended(seen: Sight, record: Mapping[str, Any], saved: int, begun: float, at: float) -> str:
+    """One attempt's end, in words."""
+    verdict, reason = str(record.get("verdict")), str(record.get("reason", ""))
+    said = VERDICTS.get(verdict, (f"ended: {verdict}", ""))[0]
+    if verdict == "preempted":
+        said = _preempted(seen, record, reason, begun, at)
+        reason = ""
+    text = said + (f": {_first(reason)}" if reason and verdict not in ("finished", "cancelled") else "")
+    if verdict not in ("finished", "bad spec") and saved:
+        text += f"; step {saved} is saved"
+    if record.get("excluded"):
+        text += f"; {_names(record['excluded'])} will not be used again"
+    if record.get("delay"):
+        text += f"; it waits {brief(float(record['delay']))} before the next attempt"
+    if record.get("again"):
+        text += "; requeued"
+    elif verdict not in ("finished", "cancelled"):
+        text += "; not requeued"
+    return text
+
+
+def _preempted(seen: Sight, record: Mapping[str, Any], reason: str, begun: float, at: float) -> str:
+    """What a "preempted" was: the walltime, a job of higher priority, a lost node or a user's request."""
+    row = _execution(seen, str(record.get("attempt", "")), at)
+    if row and row.state == "NODE_FAIL":
+        return f"ended with its node ({row.nodes}), which failed"
+    asked = [r for r in seen.journal if r["event"] == "requeued" and begun <= float(r.get("time", 0.0)) <= at]
+    if asked:
+        return f"was requeued on request of {asked[-1].get('by') or 'someone'}"
+    if reason == "SIGUSR2" and not (row and row.state == "PREEMPTED"):
+        # The job began before its ranks did, by up to a quarter of an hour of loading.
+        slack = min(900.0, 0.25 * seen.walltime) + 90
+        if seen.walltime and begun and at - begun >= seen.walltime - seen.grace - slack:
+            return "came near its walltime and left after a save"
+        return "was warned by SLURM and left after a save"
+    if reason.startswith("requeued by SLURM"):
+        return "was taken off its nodes by SLURM before it could save"
+    if row and row.state == "PREEMPTED":
+        return "was preempted by a job of higher priority"
+    return "was preempted"
+
+
+def _execution(seen: Sight, attempt: str, at: float) -> cluster.Past | None:
+    """What accounting has of the attempt: the execution of its element that ended nearest to its verdict."""
+    element = attempt.rpartition("-")[0]
+    rows = [row for row in seen.past if row.id == element and row.ended]
+    near = min(rows, key=lambda row: abs(row.ended - at), default=None)
+    return near if near and abs(near.ended - at) < 300 else None
+
+
+# ------------------------------------------------------------------------------------------ why it is so
+
+
+def _why(seen: Sight, now: float) -> tuple[str, str, str]:
+    """(cause, sentence, what to do)."""
+    state = seen.state
+    if state.name == "done":
+        return "done", f"it finished at {state.reason}, and its handoff is there", ""
+    if state.name == "new":
+        return "new", "it was never submitted", "submit.py with its experiment"
+    if state.name == "running":
+        return _running(seen, now)
+    if state.name in ("queued", "waiting", "held", "blocked"):
+        return _waits(seen, now)
+    if state.name == "unknown":
+        if state.reason.startswith("runs on"):
+            return "elsewhere", f"it {state.reason}, another machine, and can be seen there alone", ""
+        return "no slurm", f"{state.reason}, so whether it runs is not known", "look again when SLURM answers"
+    if state.reason.startswith("cancelled by SLURM because"):
+        who = state.reason.removeprefix("cancelled by SLURM because ")
+        return (
+            "parent",
+            f"SLURM cancelled it because {who}",
+            "runs.py resubmit takes the run above and this one",
+        )
+    if state.name == "cancelled":
+        todo = VERDICTS["cancelled"][1]
+        return "cancelled", f"it was cancelled {state.reason.removeprefix('cancelled: ')}".rstrip(), todo
+    if state.reason.startswith("SLURM refused it"):
+        return "refused", state.reason, "correct what SLURM names, and submit again"
+    verdict = _newest(seen, "verdict", "submitting")
+    if verdict is None or verdict["event"] != "verdict":
+        return _silent(seen)
+    return _verdict(seen, verdict)
+
+
+def _running(seen: Sight, now: float) -> tuple[str, str, str]:
+    state = seen.state
+    begun = _newest(seen, "start", "launched", "submitting")
+    before = _newest(seen, "verdict")
+    last = f"; the attempt before it {_ended(seen, before, 0, 0.0, float(before['time']))}" if before else ""
+    if state.reason == "being cancelled":
+        return "being cancelled", "it is being cancelled, and saves before it ends", ""
+    if begun is None or begun["event"] == "submitting":
+        return "starting", f"SLURM has started it, and its ranks have not spoken yet{last}", ""
+    since = float(begun["time"])
+    if begun["event"] == "launched":
+        return "loading", f"its ranks have been loading for {brief(now - since)}{last}", ""
+    at = float(seen.row.get("time", 0.0))
+    usual = float(seen.row.get("step_seconds", 0.0))
+    silent = now - max(at, since)
+    if silent > max(600.0, 20 * usual):
+        text = f"it has not taken a step for {brief(silent)}, and one takes {usual:.1f} s: it may hang"
+        return "silent", text, "runs.py logs -f; runs.py requeue --now starts it again from the last save"
+    return "running", f"attempt {state.attempts} has been running for {brief(now - since)}{last}", ""
+
+
+def _waits(seen: Sight, now: float) -> tuple[str, str, str]:
+    raw = seen.job.reason if seen.job else seen.state.reason
+    row = waiting(raw)
+    parent = seen.parent or "the job above"
+    if row.cause == "dependency" and seen.parent_state:
+        steps = (
+            f", step {seen.parent_state.step}/{seen.parent_state.steps}" if seen.parent_state.steps else ""
+        )
+        parent += f" ({seen.parent_state.name}{steps})"
+    if row.cause == "blocked" and seen.parent_state:
+        parent += f" ({seen.parent_state.name}: {seen.parent_state.reason})"
+    text = row.text.format(reason=raw, parent=parent)
+    verdict = _newest(seen, "verdict", "submitting")
+    if verdict and verdict["event"] == "verdict":
+        text = f"it waits for its next attempt: {text}; the last one " + _ended(
+            seen, verdict, 0, 0.0, float(verdict["time"])
+        )
+        if row.cause == "begin time" and verdict.get("delay"):
+            text += f", because of {verdict.get('verdict')}"
+    if seen.job and seen.job.start > now and seen.state.name == "queued":
+        text += f"; SLURM expects to start it in {brief(seen.job.start - now)}"
+    return row.cause, text, row.todo
+
+
+def _verdict(seen: Sight, record: Mapping[str, Any]) -> tuple[str, str, str]:
+    """A run that a verdict ended."""
+    verdict, reason = str(record.get("verdict")), str(record.get("reason", ""))
+    said, todo = VERDICTS.get(verdict, (f"ended with the verdict {verdict}", "runs.py logs"))
+    text = f"its last attempt {said}" + (f": {_first(reason)}" if reason else "")
+    if seen.where and verdict in ("error", "bad spec", "out of memory", "hang", "divergence"):
+        text += f" ({seen.where})"
+    same = _streak(seen, verdict)
+    if same > 1:
+        text += f"; {same} attempts ended so without a saved step between them; it is not tried again"
+    if verdict == "preempted" and not record.get("again"):
+        text = f"it was preempted ({reason or 'no reason given'}) and did not come back"
+    elif verdict == "preempted":
+        text = "it was preempted and requeued, and is no longer in the queue"
+    return verdict, text, todo + (f"\n     log: {seen.log}" if seen.log else "")
+
+
+def _silent(seen: Sight) -> tuple[str, str, str]:
+    """A run that left the queue without a verdict: what SLURM or accounting has of it."""
+    last = seen.past[-1] if seen.past else None
+    word = last.state if last else seen.job.state if seen.job else ""
+    if word == "CANCELLED" and last and last.by:
+        return "cancelled", f"it was cancelled with scancel by user {last.by}", VERDICTS["cancelled"][1]
+    if word in ENDS:
+        where = (
+            f" ({last.nodes})"
+            if last and last.nodes and word in ("NODE_FAIL", "BOOT_FAIL", "OUT_OF_MEMORY")
+            else ""
+        )
+        return (
+            word.lower().replace("_", " "),
+            f"{ENDS[word]}{where}",
+            "runs.py resubmit goes on from the last save",
+        )
+    if seen.state.reason == "it was never started":
+        return (
+            "not sent",
+            "its submitter ended before SLURM had it",
+            "submit.py with its experiment, or runs.py resubmit",
+        )
+    started = _newest(seen, "launched", "start", "submitting")
+    if started and started["event"] != "submitting":
+        text = (
+            "its ranks ended, and its job left the queue before a verdict: killed with its node, or cancelled"
+        )
+    else:
+        text = "it left the queue before its ranks started, and SLURM no longer says why"
+    return "no verdict", text, "runs.py logs; runs.py resubmit goes on from the last save"
+
+
+def _newest(seen: Sight, *events: str) -> Mapping[str, Any] | None:
+    return next((record for record in reversed(seen.journal) if record["event"] in events), None)
+
+
+def _streak(seen: Sight, verdict: str) -> int:
+    """How many attempts ended like that since a step was last saved."""
+    count = 0
+    for record in reversed(seen.journal):
+        if record["event"] in ("saved", "released"):
+            break
+        count += record["event"] == "verdict" and record.get("verdict") == verdict
+    return count
+
+
+def _first(text: str) -> str:
+    line = text.strip().splitlines()[0] if text.strip() else ""
+    return line if len(line) <= 160 else line[:157] + "..."
+
+
+def _names(nodes: Any) -> str:
+    return nodes if isinstance(nodes, str) else ", ".join(map(str, nodes))
+
+
+def clock(at: float, now: float) -> str:
+    """The time of day today, with the date before."""
+    local = time.localtime(at)
+    return time.strftime("%H:%M" if now - at < 20 * 3600 else "%b %d %H:%M", local)

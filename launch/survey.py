@@ -1,0 +1,150 @@
+"""What the files of a run say, without asking SLURM; of thousands of runs in less than a second.
+
+The journal and the metrics are the truth, and are read from their ends. What was read is kept beside the
+runs, under the sizes and times of the files that it was read from, so that the next look reads only what
+has changed. That file saves time, and nothing else: it may be removed, and where it cannot be written, no
+harm.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from launch.record import RunFolder, newest_records, read_json
+
+KEPT = ".survey.json"
+VERSION = 1  # of Facts and the file
+FILES = ("run.json", "attempts.jsonl", "metrics.jsonl", "handoff.json")
+WORTH_KEEPING = 200  # runs; fewer are read as fast as the file is
+
+
+class Facts(NamedTuple):
+    """What a run folder says of itself; JSON values throughout."""
+
+    id: str = ""
+    name: str = ""
+    stage: str = ""
+    parent: str = ""  # its folder
+    batch: str = ""  # the newest batch's folder; empty before the first submission
+    element: int = 0  # the run's index in it
+    asked: float = 0.0  # when the newest submission was, seconds since 1970
+    started: bool = False  # an attempt began after the newest submission
+    attempts: int = 0
+    step: int = 0
+    steps: int = 0
+    loss: float | None = None
+    done: int | None = None  # the handoff's step
+    said: str = ""  # the newest of: verdict, submitting, cancelled
+    verdict: str = ""
+    reason: str = ""
+    by: str = ""
+
+    @classmethod
+    def read(cls, folder: str) -> Facts:
+        """Read them from the folder's files."""
+        run = read_json(Path(folder, "run.json")) or {}
+        row = next(newest_records(f"{folder}/metrics.jsonl"), {})
+        found: dict[str, dict[str, Any]] = {}
+        starts, started = 0, False
+        for record in newest_records(f"{folder}/attempts.jsonl", skip=b'"event": "saved"'):
+            event = str(record.get("event"))
+            if event in ("verdict", "submitting", "cancelled"):
+                found.setdefault("said", record)
+            if event == "start":
+                starts += 1
+                started = started or "submitting" not in found
+            if event in ("start", "submitting"):
+                found.setdefault(event, record)
+            if "submitting" in found and "number" in found.get("start", {}):
+                break  # all before is history
+        said, start, submitting = (found.get(key, {}) for key in ("said", "start", "submitting"))
+        return cls(
+            id=str(run.get("id", "")),
+            name=str(run.get("name", "")),
+            stage=str(run.get("stage", "")),
+            parent=str(run.get("parent") or ""),
+            batch=str(submitting.get("batch", "")),
+            element=int(submitting.get("index", 0)),
+            asked=float(submitting.get("time", 0.0)),
+            started=started,
+            attempts=int(start["number"]) + 1 if "number" in start else starts,
+            step=int(row.get("step", 0)),
+            steps=int(start.get("steps", 0)),
+            loss=row.get("loss"),
+            done=handoff_step(folder),
+            said=str(said.get("event", "")),
+            verdict=str(said.get("verdict", "")),
+            reason=str(said.get("reason", "")),
+            by=str(said.get("by", "")),
+        )
+
+
+def handoff_step(folder: str) -> int | None:
+    """The step of the run's handoff, None where there is no whole one. Its list of shards is not parsed."""
+    path = Path(folder, "handoff.json")
+    try:
+        text = path.read_bytes()
+    except OSError:
+        return None
+    if not text.startswith(b"{") or not text.rstrip().endswith(b"}"):
+        return None
+    if match := re.search(rb'^ "step": (\d+)', text, re.MULTILINE):
+        return int(match[1])
+    handoff = read_json(path)
+    return None if handoff is None else int(handoff.get("step", 0))
+
+
+def survey(folders: Sequence[RunFolder], root: Path) -> list[Facts]:
+    """The facts of each run, in the order given; those unchanged since the last look are not read again."""
+    top = str(root)
+    kept = _load(top) if len(folders) >= WORTH_KEEPING else {}
+    found, fresh = [], 0
+    for folder in folders:
+        path = str(folder.path)
+        mark = _mark(path)
+        entry = kept.get(path)
+        if entry and entry[0] == mark:
+            found.append(Facts(*entry[1]))
+            continue
+        fresh += 1
+        facts = Facts.read(path)
+        kept[path] = [mark, facts]
+        found.append(facts)
+    if len(folders) >= WORTH_KEEPING and fresh > len(folders) // 50:
+        _save(top, kept)
+    return found
+
+
+def _mark(folder: str) -> list[int]:
+    """Sizes and times of the files that facts are read from; 0 where there is none."""
+    mark = []
+    for name in FILES:
+        try:
+            stat = os.stat(f"{folder}/{name}")
+        except OSError:
+            mark += [0, 0]
+        else:
+            mark += [stat.st_size, stat.st_mtime_ns]
+    return mark
+
+
+def _load(top: str) -> dict[str, Any]:
+    kept = read_json(Path(top, KEPT)) or {}
+    runs = kept.get("runs")
+    return runs if kept.get("version") == VERSION and isinstance(runs, dict) else {}
+
+
+def _save(top: str, runs: dict[str, Any]) -> None:
+    beside = f"{top}/{KEPT}.{os.uname().nodename}.{os.getpid()}"
+    try:
+        with open(beside, "w", encoding="utf-8") as file:
+            file.write(json.dumps({"version": VERSION, "runs": runs}))
+        os.replace(beside, f"{top}/{KEPT}")
+    except OSError:
+        if os.path.exists(beside):
+            os.unlink(beside)
