@@ -7,29 +7,25 @@ thread: a client that hangs, crashes or exits takes no training along, and its e
 
 from __future__ import annotations
 
-import netrc
 import os
 import select
 import signal
 import socket
 import sys
 import time
-import urllib.error
-import urllib.request
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
 from launch import tracking
 from launch.metrics import Reader
+from launch.online import Lock, account, reachable
 from launch.record import read_json, read_lines, write_json
-from launch.sync import Lock
+from launch.sync import delivered
 
 TICK_SECONDS = 1.0
 BEAT_SECONDS = 5.0
 RETRY_SECONDS = 300.0  # between looks whether the server is back
 CHECK_SECONDS = 600.0  # between looks whether the server takes the rows
-PROBE_SECONDS = 10.0
 
 
 class Mirror:
@@ -46,8 +42,9 @@ class Mirror:
         self.session: tracking.Session | None = None
         self.reader = Reader(folder / "metrics.jsonl")
         self.state: dict[str, Any] = {"attempt": attempt, "pid": os.getpid(), "host": socket.gethostname()}
-        self.state |= {"segments": [], "held": {}, "outcome": "", "closed": False}
-        self._held_here: set[str] = set()
+        self.state |= {"segments": [], "held": sorted(delivered(folder)), "outcome": "", "closed": False}
+        self._seen: set[str] = set()  # keys of wanted.jsonl that this session has dealt with
+        self._sent: list[str] = []  # and those that count when the session has ended well
         self._next_try = self._next_check = self._next_beat = 0.0
         self._reached = -1  # the step the server should have by the next check
 
@@ -68,7 +65,7 @@ class Mirror:
                 self.open()
             elif not self.session.online and self.may_be_online() and time.monotonic() > self._next_try:
                 self._next_try = time.monotonic() + RETRY_SECONDS
-                if reachable(tracking.base_url()):
+                if not Lock.held(self.folder) and reachable(tracking.base_url()):
                     self.say("the server is back")
                     self.leave()
                     self.open()
@@ -81,7 +78,12 @@ class Mirror:
 
     def open(self) -> None:
         """Open the run online where that is possible, offline else."""
-        online = self.may_be_online() and reachable(tracking.base_url())
+        online = self.may_be_online()
+        if online:
+            # Say so before looking at the syncer's lock, as the syncer locks before it looks here.
+            self.state["mode"] = "online"
+            self.beat(now=True)
+            online = not Lock.held(self.folder) and reachable(tracking.base_url())
         self._next_try = time.monotonic() + RETRY_SECONDS
         try:
             self.session = tracking.Session(self.job, self.folder, online=online)
@@ -92,9 +94,10 @@ class Mirror:
             tracking.close()
             self.session = tracking.Session(self.job, self.folder, online=False)
         self.reader = Reader(self.folder / "metrics.jsonl", after=self.session.step)
-        self._held_here = set()
+        self._seen, self._sent = set(), []
         self._next_check, self._reached = time.monotonic() + CHECK_SECONDS, -1
         self.state["segments"].append(self.session.segment)
+        self._next_beat = 0.0
         self.state |= {
             "mode": "online" if self.session.online else "offline",
             "url": self.session.run.url or "",
@@ -109,17 +112,19 @@ class Mirror:
             session.log(row)
         for item in read_lines(self.folder / "wandb" / "wanted.jsonl"):
             key = item["key"]
-            if key in self._held_here or self.state["held"].get(key) == "server":
+            if key in self._seen or key in self.state["held"]:
                 continue
-            self._held_here.add(key)
+            if not session.online and item["kind"] != "summary":
+                continue  # artifacts need the server's word for who owns them: the syncer's work
+            self._seen.add(key)
             try:
-                there = session.hold(item)
+                if session.hold(item):
+                    self.state["held"].append(key)
+                elif item["kind"] == "table":
+                    self._sent.append(key)
             except Exception as error:
                 # Lineage is completed afterwards: by the next attempt or the syncer.
                 self.say(f"{item['kind']} {item['name']}: {type(error).__name__}: {error}")
-                continue
-            if item["kind"] != "summary":
-                self.state["held"][key] = "server" if there else session.segment
 
     def check(self) -> None:
         """Open the run anew when the server has stopped taking rows, which the client says nowhere."""
@@ -145,17 +150,9 @@ class Mirror:
                 session, self.session = self.session, None
                 session.finish(outcome)
                 # A preempted attempt is in a hurry, and the next one sends what is missing.
-                if (
-                    not session.online
-                    or outcome == "preempted"
-                    or tracking.ask(self.job).step >= session.step
-                ):
+                if not session.online or outcome == "preempted" or self.taken(session.step):
                     self.state["delivered"] = session.online
-                    if session.online:
-                        held = self.state["held"]
-                        self.state["held"] = {
-                            k: "server" if v == session.segment else v for k, v in held.items()
-                        }
+                    self.state["held"] += self._sent
                     break
                 self.say("the server has not taken all rows; sending them again")
                 tracking.close()
@@ -163,6 +160,9 @@ class Mirror:
             self.say(f"at the end: {type(error).__name__}: {error}")
         self.state |= {"closed": True, "outcome": outcome}
         self.beat(now=True)
+
+    def taken(self, step: int) -> bool:
+        return tracking.ask(self.job, step).step >= step
 
     def leave(self) -> None:
         """Give up the present session; what it holds is on disk, or is read again."""
@@ -175,8 +175,6 @@ class Mirror:
             self.say(f"{type(error).__name__}: {error}")
 
     def may_be_online(self) -> bool:
-        if Lock.held(self.folder):
-            return False  # the syncer is writing to this run: offline is never wrong
         mode = self.job["mode"]
         if mode == "auto" and os.environ.get("WANDB_MODE") in ("offline", "dryrun"):
             return False
@@ -222,31 +220,6 @@ def alive(pid: int) -> bool:
     except PermissionError:
         pass
     return True
-
-
-def reachable(url: str) -> bool:
-    """Whether a server answers at all, through the proxies of the environment; whatever it says."""
-    try:
-        urllib.request.urlopen(url, timeout=PROBE_SECONDS).close()
-    except urllib.error.HTTPError as answer:
-        return answer.code < 500
-    except (OSError, ValueError):
-        return False
-    return True
-
-
-def account(url: str) -> bool:
-    """Whether there is a login for the server: WANDB_API_KEY, an identity token, or a line in netrc."""
-    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
-        return True
-    names = [os.environ["NETRC"]] if os.environ.get("NETRC") else ["~/.netrc", "~/_netrc"]
-    for path in (Path(name).expanduser() for name in names):
-        try:
-            if netrc.netrc(path).authenticators(urlparse(url).hostname or ""):
-                return True
-        except (OSError, netrc.NetrcParseError):
-            continue
-    return False
 
 
 def main() -> None:

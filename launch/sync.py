@@ -9,12 +9,9 @@ Each run is handled by a process of its own (python -m launch.sync FOLDER), the 
 from __future__ import annotations
 
 import json
-import os
 import re
-import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -22,11 +19,12 @@ from typing import Any
 
 from launch import segments
 from launch.metrics import rows
+from launch.online import Lock, account, reachable
 from launch.record import read_json, read_lines, write_json
 
+COMMAND = (sys.executable, "-m", "launch.sync")
 SEND_SECONDS = 1800  # for one file; wandb itself would try for hours
 RUN_SECONDS = 4 * SEND_SECONDS
-BEAT_SECONDS = 5.0
 STALE_SECONDS = 120.0  # without a sign of life, an attempt or a syncer is dead
 
 
@@ -39,21 +37,26 @@ def sync_all(
 ) -> list[dict[str, Any]]:
     """Bring W&B up to date with these run folders; one report a run that had something to send.
 
+    A report has `run`, `notes` (what was done, in words), `step` (the last one on the server), and the flags
+    `failed`, `waiting` (for another run's artifact) and `unreachable` (no server, no login: the rest waits).
+
     `running` says whether an attempt of the run may still be writing (SLURM knows); without it, the tracker's
     sign of life decides. `live` sends the rows of runs that are being trained offline, too: wandb's own files
     of these are then not sent any more (system metrics stay behind).
     """
     reports: dict[Path, dict[str, Any]] = {}
-    todo = [folder for folder in folders if pending(folder, live)]
+    # Older runs first: a stage's parent is older, and its artifact must be there before it can be named.
+    todo = sorted((folder for folder in folders if pending(folder, live)), key=_begun)
     while todo:
         again = []
         for folder in todo:
             still = running(folder) if running else sign_of_life(folder)
             report = reports[folder] = _in_own_process(folder, still, live)
             say(f"{folder}: {'; '.join(report['notes']) or 'nothing to send'}")
+            if report["unreachable"]:
+                return list(reports.values())
             if report["waiting"]:
                 again.append(folder)
-        # A stage's lineage waits for the artifact of the stage before: as long as some get through, go round.
         todo = again if len(again) < len(todo) else []
     return list(reports.values())
 
@@ -66,13 +69,18 @@ def pending(folder: Path, live: bool = False) -> bool:
     ledger = read_json(folder / "wandb" / "ledger.json") or {}
     if live or state is None or not state.get("delivered"):
         return ledger.get("complete") != _mark(folder)
-    held = state["held"] | ledger.get("held", {})
-    return any(held.get(item["key"]) != "server" for item in wanted(folder))
+    return any(item["key"] not in delivered(folder) for item in wanted(folder))
 
 
 def wanted(folder: Path) -> list[dict[str, Any]]:
-    """What W&B is to hold for good, beside the rows."""
+    """Tables, handoffs and the handoffs used, which W&B is to hold beside the rows."""
     return [item for item in read_lines(folder / "wandb" / "wanted.jsonl") if item["kind"] != "summary"]
+
+
+def delivered(folder: Path) -> set[str]:
+    """The keys of what W&B holds already."""
+    files = [*(folder / "wandb").glob("mirror_*.json"), folder / "wandb" / "ledger.json"]
+    return {key for path in files for key in (read_json(path) or {}).get("held", [])}
 
 
 def latest(folder: Path, kind: str) -> dict[str, Any] | None:
@@ -90,6 +98,10 @@ def sign_of_life(folder: Path) -> bool:
     return time.time() - newest < STALE_SECONDS
 
 
+def _begun(folder: Path) -> float:
+    return min(path.stat().st_mtime for path in (folder / "wandb").glob("attempt_*.json"))
+
+
 def _mark(folder: Path) -> list[object]:
     """What changes when there is something new to send."""
     offline = [path for path in segments.find(folder) if path.parent.name.startswith("offline")]
@@ -101,7 +113,7 @@ def _mark(folder: Path) -> list[object]:
 def _in_own_process(folder: Path, running: bool, live: bool) -> dict[str, Any]:
     from launch.tracking import environment
 
-    command = [sys.executable, "-m", "launch.sync", str(folder.absolute())]
+    command = [*COMMAND, str(folder.absolute())]
     command += ["--running"] * running + ["--live"] * live
     root = Path(__file__).resolve().parents[1]
     log = folder / "wandb" / "sync.log"
@@ -123,39 +135,14 @@ def _in_own_process(folder: Path, running: bool, live: bool) -> dict[str, Any]:
 
 
 def _report(folder: Path) -> dict[str, Any]:
-    return {"run": str(folder), "notes": [], "waiting": False, "failed": False, "step": -1}
-
-
-class Lock:
-    """One syncer a run, and no mirror online meanwhile. Held by a file that is touched again and again."""
-
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / "wandb" / "sync.lock"
-        self._done = threading.Event()
-
-    @classmethod
-    def held(cls, folder: Path) -> bool:
-        try:
-            return time.time() - (folder / "wandb" / "sync.lock").stat().st_mtime < 4 * BEAT_SECONDS
-        except FileNotFoundError:
-            return False
-
-    def __enter__(self) -> Lock:
-        if not self.held(self.path.parents[1]):
-            self.path.unlink(missing_ok=True)
-        with os.fdopen(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_WRONLY), "w") as file:
-            file.write(f"{socket.gethostname()} {os.getpid()}\n")
-        threading.Thread(target=self._touch, daemon=True).start()
-        return self
-
-    def _touch(self) -> None:
-        while not self._done.wait(BEAT_SECONDS):
-            if self.path.exists():
-                os.utime(self.path)
-
-    def __exit__(self, *error: object) -> None:
-        self._done.set()
-        self.path.unlink(missing_ok=True)
+    return {
+        "run": str(folder),
+        "notes": [],
+        "waiting": False,
+        "failed": False,
+        "unreachable": False,
+        "step": -1,
+    }
 
 
 class Sync:
@@ -168,8 +155,9 @@ class Sync:
         attempt = latest(folder, "attempt")
         assert attempt is not None
         self.job: dict[str, Any] = attempt
-        self.state = latest(folder, "mirror") or {}
-        self.ledger: dict[str, Any] = {"segments": {}, "held": {}}
+        state = latest(folder, "mirror") or {}
+        self.state = state if state.get("attempt") == attempt["attempt"] else {}
+        self.ledger: dict[str, Any] = {"segments": {}, "held": []}
         self.ledger |= read_json(folder / "wandb" / "ledger.json") or {}
         self.report = _report(folder)
         self.server = tracking.OnServer()
@@ -179,6 +167,13 @@ class Sync:
         mark = _mark(self.folder)
         if self.running and self.state.get("mode") == "online":
             self.note("is online by itself")
+            return self.report
+        url = self.tracking.base_url()
+        if not account(url):
+            self.fail(f"no login for {url} here: run `wandb login`, or set WANDB_API_KEY")
+            return self.report
+        if not reachable(url):
+            self.fail(f"{url} does not answer: try again later")
             return self.report
         self.server = self.tracking.ask(self.job)
         self.job = self.job | {"entity": self.server.entity}
@@ -234,7 +229,7 @@ class Sync:
         except subprocess.TimeoutExpired:
             said = f"ERROR no end after {SEND_SECONDS} s"
         print(said, file=sys.stderr)
-        self.server = self.tracking.ask(self.job)
+        self.server = self.tracking.ask(self.job, found.last)
         complaints = re.findall(r"(?m)^.*(?:ERROR|[Ff]atal).*$", said)
         for line in complaints:
             self.note(re.sub(r"^wandb:\s*", "", line.strip()))
@@ -259,30 +254,16 @@ class Sync:
             self.note(f"sent steps {missing[0]['step']} to {missing[-1]['step']} from metrics.jsonl")
         if before is not None:
             self.leave()
-            self.server = self.tracking.ask(self.job)
 
     def hold(self) -> None:
         """Complete what the run logged and used: tables, handoffs, lineage."""
-        held: dict[str, str] = self.ledger["held"]
-        for path in (self.folder / "wandb").glob("mirror_*.json"):
-            held = (read_json(path) or {}).get("held", {}) | held
+        done = delivered(self.folder)
         for item in wanted(self.folder):
-            place = held.get(item["key"], "")
-            if place == "server":
+            if item["key"] in done:
                 continue
-            if place:  # in one of wandb's files
-                outcome = self.ledger["segments"].get(place)
-                if outcome is None and self.running:
-                    continue
-                there = item["kind"] != "handoff" or self.tracking.has_artifact(
-                    self.job, self.server.entity, item
-                )
-                if outcome == "sent" and there:
-                    self.ledger["held"][item["key"]] = "server"
-                    continue
             try:
                 self.open().hold(item)
-                self.ledger["held"][item["key"]] = "server"
+                self.ledger["held"].append(item["key"])
                 self.note(f"{item['kind']} {item['name']}")
             except Exception as error:
                 self.note(f"{item['kind']} {item['name']} waits: {type(error).__name__}: {str(error)[:200]}")
@@ -291,10 +272,8 @@ class Sync:
     def end(self) -> None:
         """Give the run the state it ended in."""
         outcome = self.state.get("outcome", "")
-        if not self.running and outcome in ("finished", "preempted") and self.session is None:
-            self.server = self.tracking.ask(self.job)
-            if self.server.state != outcome:
-                self.open()
+        if not self.running and outcome in ("finished", "preempted") and self.server.state != outcome:
+            self.open()
         self.leave()
 
     def open(self) -> Any:
@@ -310,10 +289,10 @@ class Sync:
         if session is not None:
             session.finish(self.state.get("outcome") or "failed")
             self.tracking.close()
+            self.server = self.tracking.ask(self.job, session.step)
 
     def verify(self) -> None:
         """Compare with metrics.jsonl what the server says it has."""
-        self.server = self.tracking.ask(self.job)
         self.report["step"] = self.server.step
         ours = [row["step"] for row in rows(self.folder / "metrics.jsonl")]
         if (self.live or not self.running) and ours and self.server.step < ours[-1]:
@@ -324,6 +303,10 @@ class Sync:
                 f"the server has {self.server.rows} rows up to step {self.server.step}: some are missing"
             )
             self.report["failed"] = True
+
+    def fail(self, text: str) -> None:
+        self.note(text)
+        self.report |= {"failed": True, "unreachable": True}
 
     def note(self, text: str) -> None:
         self.report["notes"].append(text)

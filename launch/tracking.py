@@ -35,6 +35,7 @@ INIT_SECONDS = 20  # wandb-core's wait for the server in init
 FINISH_SECONDS = 30  # wandb-core's wait for the last uploads; without it finish() waits for ever
 PATIENCE_SECONDS = {"preempted": 40.0}  # the trainer's wait for the mirror at the end; else:
 LONGEST_PATIENCE_SECONDS = 75.0
+LAG_SECONDS = 10.0  # from the server's taking rows to its showing them, at most
 FLUSH_SECONDS = 2.0  # a killed node loses at most this much of an offline run's file
 HISTOGRAM_EVERY = 50  # rows
 EXIT_CODES = {"finished": 0, "preempted": 143, "failed": 1}
@@ -354,7 +355,7 @@ class Session:
         self.step = step
 
     def hold(self, item: Mapping[str, Any]) -> bool:
-        """Put one line of wanted.jsonl into the run; whether it is there already, and not only on its way."""
+        """Put a line of wanted.jsonl into the run (offline: summaries only); whether the server has it already."""
         if item["kind"] == "summary":
             self.run.summary.update(item["values"])
         elif item["kind"] == "table":
@@ -363,8 +364,6 @@ class Session:
         elif item["kind"] == "handoff":
             return self._log_artifact(item)
         elif item["kind"] == "use":
-            if not self.online:
-                return False
             place = f"{self.run.entity}/{self.run.project}/{item['name']}:h-{item['digest']}"
             self.run.use_artifact(place)
             return True
@@ -374,9 +373,8 @@ class Session:
         artifact = handoff_artifact(item)
         aliases = ["latest", f"h-{item['digest']}", f"step-{artifact.metadata['step']}"]
         logged = self.run.log_artifact(artifact, aliases=aliases)
-        if self.online:
-            logged.wait(timeout=FINISH_SECONDS)
-        return self.online
+        logged.wait(timeout=FINISH_SECONDS)
+        return True
 
     def _cell(self, value: object) -> object:
         if not isinstance(value, dict):
@@ -430,8 +428,18 @@ class OnServer:
     entity: str = ""
 
 
-def ask(job: Mapping[str, Any]) -> OnServer:
-    """What the server has of a run; raises when it does not answer."""
+def ask(job: Mapping[str, Any], expected: int = -1) -> OnServer:
+    """What the server has of a run; raises when it does not answer.
+
+    What was sent may be shown a little later: a run without the `expected` step is asked for again.
+    """
+    end = time.monotonic() + LAG_SECONDS
+    while (found := _ask(job)).step < expected and time.monotonic() < end:
+        time.sleep(1)
+    return found
+
+
+def _ask(job: Mapping[str, Any]) -> OnServer:
     import wandb
     from wandb.apis.public import RunNotFoundError
 
@@ -440,16 +448,10 @@ def ask(job: Mapping[str, Any]) -> OnServer:
     try:
         run = api.run(f"{entity}/{job['project']}/{job['id']}")
         return OnServer(int(run.lastHistoryStep), int(run.historyLineCount), str(run.state), entity)
-    except RunNotFoundError:
+    except (RunNotFoundError, wandb.errors.CommError) as error:
+        if not isinstance(getattr(error, "exc", error), RunNotFoundError):
+            raise
         return OnServer(entity=entity)
-
-
-def has_artifact(job: Mapping[str, Any], entity: str, item: Mapping[str, Any]) -> bool:
-    """Whether the server has a handoff's artifact, whole."""
-    import wandb
-
-    place = f"{entity}/{job['project']}/{item['name']}:h-{item['digest']}"
-    return bool(wandb.Api(timeout=20).artifact_exists(place))
 
 
 def fetch_handoff(place: str) -> dict[str, Any]:

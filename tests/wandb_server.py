@@ -454,6 +454,8 @@ class WandbServer:
         return {"runID": f"run-{run.number}", "uploadHeaders": [], "files": files}
 
     def _create_artifact(self, given: dict[str, Any]) -> dict[str, Any]:
+        if given["entityName"] != ENTITY:
+            raise ValueError(f"an artifact of entity {given['entityName']!r}")
         collection = (given.get("artifactCollectionNames") or [given.get("artifactCollectionName")])[0]
         same = [a for a in self.artifacts.values() if a.collection == collection]
         aliases = [alias["alias"] for alias in given.get("aliases") or []]

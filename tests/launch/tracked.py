@@ -61,7 +61,7 @@ def log(tracker: NoTracker, first: int, last: int, pause: float = 0.0) -> None:
         time.sleep(pause)
 
 
-def wait(condition: Any, seconds: float = 30.0) -> None:
+def wait(condition: Any, seconds: float = 60.0) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, "waited in vain"
