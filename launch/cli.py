@@ -27,12 +27,18 @@ def parser() -> argparse.ArgumentParser:
         epilog="examples: experiments/stage3_moe.yaml train.optim.lr=1e-5    SPEC stage2_instruct:train.steps=500",
     )
     one.add_argument("spec", type=Path, help="an experiment's YAML")
-    one.add_argument("overrides", nargs="*", metavar="key=value", help="settings; EXPERIMENT:key=value for one above")
-    one.add_argument("--dry-run", action="store_true", help="print the plan and the exact sbatch scripts, submit nothing")
+    one.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="settings; EXPERIMENT:key=value for one above"
+    )
+    one.add_argument(
+        "--dry-run", action="store_true", help="print the plan and the exact sbatch scripts, submit nothing"
+    )
     one.add_argument("--explain", action="store_true", help="print each setting and the line that set it")
     stages = f"a stage ({', '.join(STAGES)}) or an experiment of the chain"
     one.add_argument("--only", default="", metavar="STAGE", help=f"this stage alone: {stages}")
-    one.add_argument("--from", default="", dest="first", metavar="STAGE", help="start the chain at this stage")
+    one.add_argument(
+        "--from", default="", dest="first", metavar="STAGE", help="start the chain at this stage"
+    )
     one.add_argument("--until", default="", dest="last", metavar="STAGE", help="end the chain at this stage")
     return one
 
@@ -42,7 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _main(arguments)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # `| head` has closed it; Python would complain at its exit
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), 1
+        )  # `| head` has closed it; Python would complain at its exit
         return OK
 
 
@@ -87,7 +95,10 @@ def submit(plan: Plan) -> int:
         sent = 0
         for batch, job in submission.submit(plan, code):
             after = f" after {batch.dependency}" if batch.dependency else ""
-            print(f"submitted {batch.stage.experiment.name}: job {job}, {len(batch.runs)} run(s){after}", flush=True)
+            print(
+                f"submitted {batch.stage.experiment.name}: job {job}, {len(batch.runs)} run(s){after}",
+                flush=True,
+            )
             sent += 1
     except SlurmError as error:
         print(f"error: SLURM: {error}", file=sys.stderr)
@@ -136,7 +147,9 @@ def dry_run(plan: Plan) -> int:
     code = runs_folder(plan.stages[-1].spec) / "code" / snapshot.digest()
     for batch in submission.preview(plan, states, code):
         if batch.stage.spec.cluster.executor == "local":
-            print(f"\n# {batch.stage.experiment.name}: {batch.stage.spec.gpus} rank(s) on this machine, no script")
+            print(
+                f"\n# {batch.stage.experiment.name}: {batch.stage.spec.gpus} rank(s) on this machine, no script"
+            )
             continue
         print(f"\n# {batch.stage.experiment.name}: {' '.join(batch.command())}")
         print(batch.script(code), end="")
@@ -179,7 +192,10 @@ def _blocked(plan: Plan, states: dict[str, State]) -> tuple[str, str] | None:
     for run in first.runs:
         if run.parent and states[run.parent.name].name not in ("done", "running", "queued", "waiting"):
             state = states[run.parent.name].name
-            return f"{run.name} starts from {run.parent.name}, which is {state}", "leave out --only and --from"
+            return (
+                f"{run.name} starts from {run.parent.name}, which is {state}",
+                "leave out --only and --from",
+            )
     return None
 
 

@@ -38,7 +38,7 @@ def evaluate(
     questions = held_out(spec.data)
     template = PLAIN if spec.data.template == "plain" else spec.data.template
     longest = max(len(tokenizer(q.answer, add_special_tokens=False).input_ids) for q in questions)
-    # Ranks that share experts must make the same number of forward passes: each takes equally many, the last ones again.
+    # Ranks that share experts must make equally many forward passes: each takes as many, the last question again.
     share = -(-len(questions) // groups.world)
     mine = [questions[min(groups.rank + groups.world * i, len(questions) - 1)] for i in range(share)]
     said: list[str] = []
@@ -91,6 +91,9 @@ def evaluate(
         tracker.table(
             "held_out",
             ["picture", "question", "answer", "said"],
-            [[(row["images"] or [""])[0], row["question"], row["answer"], row["said"]] for row in result["answers"][:64]],
+            [
+                [(row["images"] or [""])[0], row["question"], row["answer"], row["said"]]
+                for row in result["answers"][:64]
+            ],
         )
     return result

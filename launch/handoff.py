@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.record import RunFolder, read_json, write_json
-from moe.storage import CheckpointError, describe, verify
+from moe.storage import CheckpointError, describe, faults
 
 
 class HandoffError(Exception):
@@ -61,7 +61,9 @@ def read(folder: RunFolder, *, identity: str = "", stage: str = "") -> dict[str,
     if handoff is None:
         raise HandoffError(f"{folder.path} has no handoff: the run has not finished")
     if stage and handoff.get("stage") != stage:
-        raise HandoffError(f"{folder.path} is the handoff of stage {handoff.get('stage')}, and stage {stage} is wanted")
+        raise HandoffError(
+            f"{folder.path} is the handoff of stage {handoff.get('stage')}, and stage {stage} is wanted"
+        )
     if identity and handoff.get("identity") != identity:
         raise HandoffError(
             f"{folder.path} was left by another run than the one planned ({handoff.get('identity', '')[:12]}, "
@@ -76,10 +78,18 @@ def check(folder: RunFolder, handoff: Mapping[str, Any], *, digests: bool) -> Pa
     try:
         facts = describe(path)
         if digest_of(facts["files"]) != handoff["digest"]:
-            raise HandoffError(f"{path} is not the checkpoint that {folder.handoff_file} names: its digests differ")
-        verify(path, digests=digests)
+            raise HandoffError(
+                f"{path} is not the checkpoint that {folder.handoff_file} names: its digests differ"
+            )
     except CheckpointError as error:
         raise HandoffError(f"{folder.handoff_file}: {error}") from None
+    wrong = (
+        faults(path, facts, facts["files"]) if digests else []
+    )  # sizes are described only where they are right
+    if wrong:
+        raise HandoffError(
+            f"{path} is not as {folder.handoff_file} says: {'; '.join(wrong)}; restore it, or train that run again"
+        )
     for name, digest in handoff.get("tokenizer", {}).items():
         file = folder.tokenizer / name
         if not file.is_file() or hashlib.sha256(file.read_bytes()).hexdigest() != digest:

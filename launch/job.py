@@ -21,6 +21,20 @@ from launch.record import RunFolder, read_json, write_json
 
 EXIT_ERROR = 1
 
+# Errors that say, in words for the user, what the same code would meet again on the next attempt.
+BAD_SPEC = {
+    *(
+        "DataError",
+        "CatalogError",
+        "ImageError",
+        "RecordError",
+        "BackboneError",
+        "UpcycleError",
+        "DispatchError",
+    ),
+    *("StageError", "HandoffError", "SpecError"),
+}
+
 
 @dataclass(frozen=True)
 class Place:
@@ -64,10 +78,17 @@ class StageJob:
     def __call__(self, place: Place, warned: Preemption) -> int:
         plan = read_json(self.batch / "plan.json")
         if plan is None:
-            print(f"{self.batch / 'plan.json'} cannot be read on {place.node}; is the file system shared?", flush=True)
+            print(
+                f"{self.batch / 'plan.json'} cannot be read on {place.node}; is the file system shared?",
+                flush=True,
+            )
             return EXIT_ERROR
         folder = RunFolder(Path(plan["runs"][str(self.index)]))
         self._redirect(folder.log_of(place.attempt, place.rank))
+        if place.rank == 0:
+            # SLURM says when the job began from 23.02 on; before, what lies between is counted as queue.
+            job_started = float(os.environ.get("SLURM_JOB_START_TIME") or 0.0)
+            folder.note("launched", attempt=place.attempt, node=place.node, job_started=job_started)
         try:
             self._check_code(Path(plan["code"]))
             from launch.stage import run_stage
@@ -101,13 +122,16 @@ class StageJob:
     def _fail(folder: RunFolder, place: Place, error: BaseException) -> None:
         """Leave what the verdict needs; never a collective here, the other ranks may be gone."""
         traceback.print_exc()
+        told = type(error).__name__ in BAD_SPEC
         facts: dict[str, Any] = {
-            "kind": getattr(error, "verdict", "error"),
-            "message": f"{type(error).__name__}: {error}"[:2000],
+            "kind": "bad spec" if told else getattr(error, "verdict", "error"),
+            "message": str(error)[:2000] if told else f"{type(error).__name__}: {error}"[:2000],
             "rank": place.rank,
             "node": place.node,
             "time": time.time(),
-            "where": [f"{f.filename}:{f.lineno} {f.name}" for f in traceback.extract_tb(error.__traceback__)[-6:]],
+            "where": [
+                f"{f.filename}:{f.lineno} {f.name}" for f in traceback.extract_tb(error.__traceback__)[-6:]
+            ],
         }
         write_json(folder.logs(place.attempt) / f"failure_{place.rank}.json", facts)
         print(json.dumps(facts), file=sys.stderr, flush=True)

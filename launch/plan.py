@@ -147,7 +147,11 @@ def identity_of(spec: dict[str, Any], above: str = "") -> dict[str, Any]:
         path = above + key
         if path in FREE:
             continue
-        if isinstance(value, dict) and path.count(".") < 2 and path.split(".")[0] in ("model", "moe", "data", "train"):
+        if (
+            isinstance(value, dict)
+            and path.count(".") < 2
+            and path.split(".")[0] in ("model", "moe", "data", "train")
+        ):
             found |= identity_of(value, path + ".") if value else {path: value}
         else:
             found[path] = value
@@ -211,20 +215,23 @@ def make(file: Path, overrides: Sequence[str] = (), *, first: str = "", last: st
         stem = wanted.stem
         mine = [text for scope, text in named if scope == stem]
         scopes.discard(stem)
-        if wanted is file:
-            mine = [text for scope, text in named if not scope] + mine
-        else:
-            mine = common + mine
+        mine = [text for scope, text in named if not scope] + mine if wanted is file else common + mine
         experiment = load(wanted, mine)
         wanted, point = _parent_file(experiment)
         if wanted is not None and wanted.resolve() in seen:
-            raise _fault(experiment, "init_from", f"{experiment.name} starts from itself, through {wanted.name}")
+            raise _fault(
+                experiment, "init_from", f"{experiment.name} starts from itself, through {wanted.name}"
+            )
         experiments.append((experiment, point))
     if scopes:
         names = ", ".join(path.stem for path in seen)
         raise SpecError(
             tuple(
-                Fault(Place("<command line>", 1, 1, scope), f"{scope}: no experiment of this chain", f"it has {names}")
+                Fault(
+                    Place("<command line>", 1, 1, scope),
+                    f"{scope}: no experiment of this chain",
+                    f"it has {names}",
+                )
                 for scope in sorted(scopes)
             )
         )
@@ -306,7 +313,10 @@ def _parent_file(experiment: Experiment) -> tuple[Path | None, str]:
                 return path, "/".join(parts[cut:])
     near = sorted(path.stem for path in experiment.file.resolve().parent.glob("*.yaml"))
     raise _fault(
-        experiment, "init_from", f"{named!r} names no experiment", f"{experiment.file.parent}/ has {', '.join(near)}"
+        experiment,
+        "init_from",
+        f"{named!r} names no experiment",
+        f"{experiment.file.parent}/ has {', '.join(near)}",
     )
 
 

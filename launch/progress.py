@@ -31,7 +31,9 @@ class Progress:
         self.started = time.monotonic()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
+    ) -> None:
         if self.live and self.line:
             print(flush=True)
 
@@ -51,8 +53,12 @@ class Progress:
         head = f"{self.run.spec.stage:8} {self.run.name}"
         start = self.run.folder.last("start", "ended", "evaluating")
         row = self.run.folder.last_metrics()
-        if not start or start["event"] == "start" and row.get("time", 0.0) < start["time"]:
-            return f"{head}  starting ({span(time.monotonic() - self.started)})" if self.live else f"{head}  starting"
+        if not start or (start["event"] == "start" and row.get("time", 0.0) < start["time"]):
+            return (
+                f"{head}  starting ({span(time.monotonic() - self.started)})"
+                if self.live
+                else f"{head}  starting"
+            )
         if start["event"] == "evaluating":
             return f"{head}  asking the held-out questions"
         step, steps = int(row.get("step", 0)), int(start.get("steps", 0) or row.get("steps", 0))

@@ -66,7 +66,7 @@ def append_line(path: Path, record: Mapping[str, object]) -> None:
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     """The journal's records; a line torn by a kill is no record."""
     try:
-        file = open(path, encoding="utf-8")
+        file = open(path, encoding="utf-8")  # noqa: SIM115 - a missing file is an empty journal
     except OSError:
         return
     with file:
@@ -159,6 +159,10 @@ class RunFolder:
     @property
     def eval_file(self) -> Path:
         return self.path / "eval.json"
+
+    @property
+    def lease_file(self) -> Path:
+        return self.path / "lease.json"
 
     @property
     def checkpoints(self) -> Path:

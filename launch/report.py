@@ -23,7 +23,8 @@ def show(plan: Plan) -> None:
 def lines(runs: Sequence[Run]) -> Iterator[str]:
     """The report, line by line."""
     yield ""
-    yield f"{'stage':10}{'run':32}{'steps':>7}{'loss first':>12}{'last':>9}{'samples/s':>11}{'time':>14}{'held-out':>10}"
+    head = f"{'stage':10}{'run':32}{'steps':>7}{'loss first':>12}{'last':>9}"
+    yield f"{head}{'samples/s':>11}{'time':>14}{'held-out':>10}"
     for run in runs:
         rows = list(read_lines(run.folder.metrics_file))
         if not rows:
@@ -112,7 +113,9 @@ def draw(runs: Sequence[Run], picture: Path) -> None:
             if run.spec.stage != stage:
                 continue
             rows = [row for row in read_lines(run.folder.metrics_file) if "loss" in row]
-            panel.plot([row["step"] for row in rows], [row["loss"] for row in rows], label=run.point or None, lw=1)
+            panel.plot(
+                [row["step"] for row in rows], [row["loss"] for row in rows], label=run.point or None, lw=1
+            )
         panel.set(title=stage, xlabel="step", ylabel="loss")
         if any(run.point for run in runs if run.spec.stage == stage):
             panel.legend(fontsize=7)
@@ -125,4 +128,3 @@ def draw(runs: Sequence[Run], picture: Path) -> None:
 
 def _mean(rows: Sequence[dict[str, Any]]) -> float:
     return sum(float(row["loss"]) for row in rows) / max(1, len(rows))
-

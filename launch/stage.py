@@ -19,7 +19,7 @@ from launch.evaluate import evaluate
 from launch.job import Place
 from launch.plan import plain
 from launch.reader import Layers
-from launch.record import RunFolder
+from launch.record import RunFolder, read_json, write_json
 from launch.rendezvous import meet
 from launch.spec import ExperimentSpec
 from moe import backbones, vlm
@@ -34,14 +34,33 @@ from moe.upcycle import upcycle
 class StageError(RuntimeError):
     """A run cannot go on as it is; the text says why and what to do. Trying again would not help."""
 
-    verdict = "bad spec"
+
+class FencedError(RuntimeError):
+    """A later attempt has taken the run over; this one may neither save nor log any more."""
+
+    verdict = "fenced"
 
 
 class Journal(tracking.NoTracker):
-    """The tracker that notes in the run's own journal which steps are safe."""
+    """The tracker that notes in the run's own journal which steps are safe, and holds the run's lease.
+
+    SLURM takes a node that is cut off for dead and starts the run elsewhere, while the ranks there go on. When the
+    node is back, what they would still write belongs to the other attempt.
+    """
 
     def __init__(self, folder: RunFolder, attempt: str) -> None:
         self.folder, self.attempt = folder, attempt
+        write_json(folder.lease_file, {"attempt": attempt})
+
+    def guard(self) -> None:
+        """Raise FencedError unless the lease is still this attempt's."""
+        holder = (read_json(self.folder.lease_file) or {}).get("attempt")
+        if holder != self.attempt:
+            raise FencedError(f"attempt {holder} has taken {self.folder.path} over; {self.attempt} stops")
+
+    def log(self, step: int, metrics: Mapping[str, object]) -> None:
+        """Stop before the step is written to the other attempt's files."""
+        self.guard()
 
     def publish(self, checkpoint: Checkpoint) -> None:
         """Note that a step is safe."""
@@ -102,6 +121,7 @@ def run_stage(folder: RunFolder, place: Place, warned: Callable[[], bool]) -> st
     number = sum(1 for entry in folder.journal if entry["event"] == "start")
     groups.barrier()  # all have counted the attempts before this one is noted
     if groups.rank == 0:
+        before = folder.last_metrics()  # rows after start_step are about to be dropped and computed again
         folder.note(
             "start",
             attempt=place.attempt,
@@ -110,10 +130,13 @@ def run_stage(folder: RunFolder, place: Place, warned: Callable[[], bool]) -> st
             world=groups.world,
             steps=steps,
             step=start_step,
+            last=before.get("step", 0),
+            last_time=before.get("time", 0.0),
             trains=counts,
             samples=loader.samples,
         )
-    tracker = _tracker(folder, record, spec, place, groups, number, start_step, parent)
+    journal = Journal(folder, place.attempt) if groups.rank == 0 else None
+    tracker = _tracker(folder, record, spec, groups, number, start_step, parent, journal)
     trainer = Trainer(
         engine,
         loader,
@@ -124,6 +147,7 @@ def run_stage(folder: RunFolder, place: Place, warned: Callable[[], bool]) -> st
         groups,
         start_step=start_step,
         total_steps=steps,
+        guard=journal.guard if journal else None,
     )
     try:
         outcome = trainer.fit()
@@ -137,8 +161,13 @@ def run_stage(folder: RunFolder, place: Place, warned: Callable[[], bool]) -> st
             folder.note("evaluating", attempt=place.attempt)
         if spec.data.held_out:
             evaluate(folder, model, tokenizer, spec, image, groups, tracker)
-        if groups.rank == 0:
-            _publish(folder, checkpoints, parent, tracker)
+        final = checkpoints.latest()
+        if final is None:
+            raise StageError(f"{folder.checkpoints} has lost the checkpoint of the last step")
+        if journal:
+            journal.guard()
+            left = handoff.publish(folder, final.path, parent=parent[1] if parent else None)
+            tracker.publish_handoff(left)
     groups.barrier()
     ended = "finished" if outcome is Outcome.FINISHED else "preempted"
     if groups.rank == 0:
@@ -191,11 +220,11 @@ def _tracker(
     folder: RunFolder,
     record: Mapping[str, Any],
     spec: ExperimentSpec,
-    place: Place,
     groups: Groups,
     number: int,
     start_step: int,
     parent: tuple[RunFolder, dict[str, Any]] | None,
+    journal: Journal | None,
 ) -> tracking.NoTracker:
     run = {
         **{key: record[key] for key in ("id", "name", "experiment", "stage")},
@@ -204,20 +233,6 @@ def _tracker(
     found = tracking.trackers(
         folder.path, run, plain(spec), spec.wandb, rank=groups.rank, attempt=number, start_step=start_step
     )
-    if groups.rank:
-        return found
-    if parent:
+    if parent and journal:
         found.use(parent[1])
-    return tracking.Trackers(Journal(folder, place.attempt), found)
-
-
-def _publish(
-    folder: RunFolder,
-    checkpoints: Checkpoints,
-    parent: tuple[RunFolder, dict[str, Any]] | None,
-    tracker: Any,
-) -> None:
-    final = checkpoints.latest()
-    if final is None:
-        raise StageError(f"{folder.checkpoints} has lost the checkpoint of the last step")
-    tracker.publish_handoff(handoff.publish(folder, final.path, parent=parent[1] if parent else None))
+    return tracking.Trackers(journal, found) if journal else found

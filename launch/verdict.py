@@ -16,8 +16,15 @@ from pathlib import Path
 from launch import cluster
 from launch.record import RunFolder, read_json
 
-CODES = {"finished": 0, "preempted": 0, "cancelled": 0}  # all others exit with 1, which holds back what depends on it
-BUDGETS = {"infrastructure": 5, "error": 1}  # attempts that may follow one another without a saved step between them
+CODES = {
+    "finished": 0,
+    "preempted": 0,
+    "cancelled": 0,
+}  # all others exit with 1, which holds back what depends on it
+BUDGETS = {
+    "infrastructure": 5,
+    "error": 1,
+}  # attempts that may follow one another without a saved step between them
 
 
 def of_attempt(folder: RunFolder, attempt: str, exit_code: int) -> tuple[str, str]:
@@ -32,7 +39,9 @@ def of_attempt(folder: RunFolder, attempt: str, exit_code: int) -> tuple[str, st
         return str(ended["outcome"]), str(ended.get("reason", ""))
     if failures := sorted(folder.logs(attempt).glob("failure_*.json")):
         # Every rank fails once one has; the one that failed first knows why.
-        first = min((read_json(path) or {} for path in failures), key=lambda failure: failure.get("time", 1e12))
+        first = min(
+            (read_json(path) or {} for path in failures), key=lambda failure: failure.get("time", 1e12)
+        )
         return str(first.get("kind", "error")), str(first.get("message", ""))
     if not events:
         return "infrastructure", "no rank started" if exit_code else "the ranks left no record"
@@ -94,7 +103,9 @@ def main(arguments: list[str]) -> int:
         facts = {}  # slurmctld away: requeue below tries again, and a job that it lost anyway is in its hands
     restarted = int(facts.get("Restarts", restarts)) > restarts
     cancelled = (
-        not restarted and facts.get("JobState") in ("COMPLETING", "CANCELLED") and facts.get("ExitCode") == "0:15"
+        not restarted
+        and facts.get("JobState") in ("COMPLETING", "CANCELLED")
+        and facts.get("ExitCode") == "0:15"
     )
     if verdict != "finished" and cancelled and facts.get("Reason") != "TimeLimit":
         verdict, reason = "cancelled", "scancel"
@@ -111,7 +122,9 @@ def main(arguments: list[str]) -> int:
         time.sleep(30)
         return 1
     elif again:
-        folder.note("verdict", attempt=attempt, verdict="held", reason=f"requeue refused: {said}", again=False)
+        folder.note(
+            "verdict", attempt=attempt, verdict="held", reason=f"requeue refused: {said}", again=False
+        )
     return CODES.get(verdict, 1) if not again else 1
 
 

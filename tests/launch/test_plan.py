@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tests.launch import chain
 
 from launch.plan import clashes, make, plain
 from launch.reader import SpecError
 from launch.record import write_json
+from tests.launch import chain
 
 SWEEP = "sweep: {train.optim.lr: [1e-5, 2e-5]}\n"
 

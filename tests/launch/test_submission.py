@@ -10,13 +10,14 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from tests.launch import chain
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = ROOT / "tests" / "goldens" / "launch"
 
 
-@pytest.fixture()
+@pytest.fixture
 def slurm(tmp_path: Path) -> Path:
     return chain.fake_slurm(tmp_path / "bin")
 

@@ -51,7 +51,7 @@ def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def cluster(private_slurm: Callable[..., PrivateSlurm]) -> Iterator[PrivateSlurm]:
-    yield private_slurm(kill_wait=30)
+    return private_slurm(kill_wait=30)
 
 
 def submit(cluster: PrivateSlurm, runs: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -110,7 +110,7 @@ def test_three_stages_as_chained_arrays_and_a_preemption_that_loses_nothing(
     cluster.wait(
         lambda: finished(cluster, runs, "demo/stage1_align/run", "demo/stage2_instruct/run"), 240, every=1
     )
-    cluster.wait(lambda: 3 <= disturbed.last_metrics().get("step", 0), 240, every=0.1)
+    cluster.wait(lambda: disturbed.last_metrics().get("step", 0) >= 3, 240, every=0.1)
     nodes = ",".join(cluster.job("3_0").nodes)
     urgent = cluster.sbatch(
         "#!/bin/sh\nsleep 2\n", "--partition=urgent", "--exclusive", "-N2", f"--nodelist={nodes}"
@@ -176,7 +176,10 @@ def test_cancel_is_final(
 @pytest.mark.slurm
 @pytest.mark.slow
 def test_with_a_grace_and_the_user_signal_the_verdict_requeues_once(
-    private_slurm: Callable[..., PrivateSlurm], data_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    private_slurm: Callable[..., PrivateSlurm],
+    data_root: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("DATA_ROOT", str(data_root))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
@@ -187,7 +190,9 @@ def test_with_a_grace_and_the_user_signal_the_verdict_requeues_once(
     folder = RunFolder(runs / "demo" / "stage1_align" / "run")
     cluster.wait(lambda: folder.last_metrics().get("step", 0) >= 3, 120, every=0.1)
     nodes = ",".join(cluster.job("1_0").nodes)
-    urgent = cluster.sbatch("#!/bin/sh\nsleep 1\n", "--partition=urgent", "--exclusive", "-N2", f"--nodelist={nodes}")
+    urgent = cluster.sbatch(
+        "#!/bin/sh\nsleep 1\n", "--partition=urgent", "--exclusive", "-N2", f"--nodelist={nodes}"
+    )
     cluster.wait(lambda: cluster.job("1_0").restarts == 1, 60)
     cluster.wait_state(urgent, "COMPLETED", timeout=90)
     cluster.wait(lambda: finished(cluster, runs, "demo/stage1_align/run"), 200, nudge=True, every=1)
@@ -198,4 +203,7 @@ def test_with_a_grace_and_the_user_signal_the_verdict_requeues_once(
     cluster.wait(lambda: finished(cluster, runs, "demo/again/run"), 200, every=1)
     again = RunFolder(runs / "demo" / "again" / "run")
     assert history(folder) == history(again)
-    assert json.loads(folder.handoff_file.read_text())["digest"] == json.loads(again.handoff_file.read_text())["digest"]
+    assert (
+        json.loads(folder.handoff_file.read_text())["digest"]
+        == json.loads(again.handoff_file.read_text())["digest"]
+    )
