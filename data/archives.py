@@ -1,6 +1,4 @@
-"""Downloaded archives into the DATA_ROOT tree: in parts or nested, without joining or unpacking them
-first.
-"""
+"""Downloaded archives into the DATA_ROOT tree: in parts or nested, with no joined copy on the disk."""
 
 from __future__ import annotations
 

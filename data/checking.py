@@ -5,7 +5,6 @@ padding costs.
 from __future__ import annotations
 
 import hashlib
-import itertools
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -103,8 +102,7 @@ class _Checker:
         shows, shown_by = array("Q"), array("I")
         ids, talks = array("Q"), array("Q")
         try:
-            records = stream(path)
-            while batch := list(itertools.islice(records, BATCH)):
+            for batch in _batches(stream(path)):
                 self.batch(file, path, batch, shows, shown_by, ids, talks)
                 self.progress(dataset.name, batch[-1].end, size)
         except RecordError as error:
@@ -223,6 +221,26 @@ class _Checker:
     def tell(self, file: FileReport, kind: str, record: int, id: str, detail: str) -> None:
         file.kinds[kind] += 1
         self.report.findings.append(Finding(kind, file.path, record, id, detail))
+
+
+def _batches(records: Iterator[Record]) -> Iterator[list[Record]]:
+    """Records by the batch; what was read before a fault in the file comes before the fault."""
+    batch: list[Record] = []
+    fault: RecordError | None = None
+    while fault is None:
+        try:
+            batch.append(next(records))
+        except StopIteration:
+            break
+        except RecordError as error:
+            fault = error
+        if len(batch) == BATCH:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+    if fault:
+        raise fault
 
 
 def check(root: Path, datasets: list[Dataset], options: Options, progress: Progress) -> Report:
