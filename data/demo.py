@@ -2,8 +2,8 @@
 
 `python data/demo.py FOLDER [--seed 0] [--scale 1]`. Folders, annotation schema, file names and prefixes of
 image paths are those of the LanguageBind/MoE-LLaVA data set, so that the demo takes the path real data take.
-A scene is one to four flat shapes in a 3 x 3 grid. Held-out scenes are drawn first and kept out of all other
-files; colors, shapes, places and numbers are drawn evenly; no conversation gives away what it asks later.
+A scene is one to three outlined shapes. Held-out scenes are drawn first and kept out of all other files;
+colors, shapes, places and numbers are drawn evenly; no conversation tells the answer to what it asks later.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from PIL import Image, ImageDraw
 
 Record = dict[str, Any]
 Turn = tuple[str, str]  # question, answer
-Item = tuple[int, str, str]  # cell 0-8, shape, color
+Item = tuple[str, str, str]  # place, shape, color
 
 MARK = "demo.json"  # written last; a folder without it is not ours to touch
 RECIPE = 1  # raise it when the same seed makes other data than before
@@ -34,18 +34,34 @@ COLORS = {
     "blue": (38, 84, 214),
     "yellow": (242, 206, 32),
     "purple": (140, 52, 172),
-    "black": (20, 20, 20),
+    "white": (245, 245, 245),
 }
-SHAPES = ("circle", "square", "triangle", "cross")
-PLACES = ("top left", "top", "top right", "left", "center", "right", "bottom left", "bottom", "bottom right")
+OUTLINES: dict[str, tuple[tuple[int, int], ...]] = {  # corners, in thirds of the radius; a circle has none
+    "circle": (),
+    "square": ((-3, -3), (3, -3), (3, 3), (-3, 3)),
+    "triangle": ((0, -3), (3, 3), (-3, 3)),
+    "cross": (
+        (-1, -3),
+        (1, -3),
+        (1, -1),
+        (3, -1),
+        (3, 1),
+        (1, 1),
+        (1, 3),
+        (-1, 3),
+        (-1, 1),
+        (-3, 1),
+        (-3, -1),
+        (-1, -1),
+    ),
+}
+SHAPES = tuple(OUTLINES)
+PLACES = {"top": (1, 0), "left": (0, 1), "center": (1, 1), "right": (2, 1), "bottom": (1, 2)}  # in thirds
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
-OPPOSITES = (("top", "bottom"), ("left", "right"), ("yes", "no"), ("black", "white"))
+OPPOSITES = (("top", "bottom"), ("left", "right"), ("yes", "no"), ("up", "down"))
 KINDS = ("color", "shape", "place", "count", "exists")
-PAPERS = (
-    (122, 116, 104),
-    (112, 108, 100),
-    (132, 126, 112),
-)  # near the mean of CLIP, so that shapes stand out
+# Near the mean that CLIP subtracts: in brighter paper, a tower that was never trained drowns the shapes.
+PAPERS = ((122, 116, 104), (114, 110, 100), (130, 122, 110))
 PHOTOS = {
     "astronaut.png": "an astronaut",
     "brick.png": "a brick wall",
@@ -79,61 +95,60 @@ class DemoError(Exception):
 
 @dataclass(frozen=True)
 class Scene:
-    """What is drawn, by cell. The shapes of a scene differ, so that each can be named by its shape."""
+    """What is drawn. No place, shape or color is there twice, so that a question can name an item by each."""
 
     items: tuple[Item, ...]
 
     def caption(self) -> str:
-        return " and ".join(f"a {color} {shape} at the {PLACES[cell]}" for cell, shape, color in self.items)
+        return " and ".join(f"a {color} {shape} at the {place}" for place, shape, color in self.items)
 
     def ask(self, kind: str, item: Item, rng: random.Random) -> Turn:
         """A question of one kind about one item, and its answer."""
-        cell, shape, color = item
+        place, shape, color = item
         if kind == "color":
             return f"What color is the {shape}?", color
         if kind == "shape":
-            return f"What shape is at the {PLACES[cell]}?", shape
+            return f"What shape is {color}?", shape
         if kind == "place":
-            return f"Where is the {shape}?", PLACES[cell]
+            return f"Where is the {rng.choice((shape, f'{color} shape'))}?", place
         if kind == "count":
             return "How many shapes are there?", NUMBERS[len(self.items)]
-        if rng.random() < 0.5:
-            return f"Is there a {color} {shape}?", "yes"
-        other = rng.choice([c for c in COLORS if c != color])
-        return f"Is there a {other} {shape}?", "no"
+        there = rng.random() < 0.5
+        if not there:
+            shape = rng.choice([name for name in SHAPES if all(name != other for _, other, _ in self.items)])
+            color = rng.choice([name for name in COLORS if all(name != other for _, _, other in self.items)])
+        return f"Is there a {rng.choice((shape, f'{color} shape'))}?", "yes" if there else "no"
 
     def conversation(self, rng: random.Random, turns: int) -> list[Turn]:
-        """Questions of which none asks what an earlier one told: each fact comes up once."""
-        facts: list[tuple[tuple[str, ...], Item]] = [(("color", "exists"), item) for item in self.items]
-        facts += [(("shape", "place"), item) for item in self.items] + [(("count",), self.items[0])]
+        """Questions of which no earlier one tells the answer: what is there and how many come first."""
+        first = [kind for kind in ("count", "exists") if rng.random() < 0.5]
+        rng.shuffle(first)
+        facts = [("place", item) for item in self.items]
+        facts += [(rng.choice(("color", "shape")), item) for item in self.items]
         rng.shuffle(facts)
-        return [self.ask(rng.choice(kinds), item, rng) for kinds, item in facts[:turns]]
+        asked = [(kind, rng.choice(self.items)) for kind in first] + facts
+        return [self.ask(kind, item, rng) for kind, item in asked[:turns]]
 
     def draw(self, rng: random.Random) -> Image.Image:
-        """The picture; chance moves each shape by up to two pixels, sizes it, and chooses the paper."""
+        """The picture; chance moves each shape by a pixel, sizes it, and chooses the paper."""
         picture = Image.new("RGB", (SIDE, SIDE), rng.choice(PAPERS))
         pen, third = ImageDraw.Draw(picture), SIDE // 3
-        for cell, shape, color in self.items:
-            x = cell % 3 * third + third // 2 + rng.randint(-2, 2)
-            y = cell // 3 * third + third // 2 + rng.randint(-2, 2)
-            r, fill = rng.randint(10, 13), COLORS[color]
-            if shape == "circle":
-                pen.ellipse((x - r, y - r, x + r, y + r), fill=fill)
-            elif shape == "square":
-                pen.rectangle((x - r, y - r, x + r, y + r), fill=fill)
-            elif shape == "triangle":
-                pen.polygon(((x, y - r), (x + r, y + r), (x - r, y + r)), fill=fill)
+        for place, shape, color in self.items:
+            x, y = (third * at + third // 2 + rng.randint(-1, 1) for at in PLACES[place])
+            r = rng.randint(12, 13)
+            points = [(x + r * a / 3, y + r * b / 3) for a, b in OUTLINES[shape]]
+            if points:
+                pen.polygon(points, COLORS[color], "black", 3)
             else:
-                pen.rectangle((x - r, y - r // 4, x + r, y + r // 4), fill=fill)
-                pen.rectangle((x - r // 4, y - r, x + r // 4, y + r), fill=fill)
+                pen.ellipse((x - r, y - r, x + r, y + r), COLORS[color], "black", 3)
         return picture
 
 
-def sample_scene(rng: random.Random) -> Scene:
-    """One to four items, evenly; cells, shapes and colors evenly, no cell and no shape twice."""
-    count = rng.randint(1, 4)
-    cells, shapes = rng.sample(range(9), count), rng.sample(SHAPES, count)
-    return Scene(tuple(sorted((c, s, rng.choice(tuple(COLORS))) for c, s in zip(cells, shapes, strict=True))))
+def sample_scene(rng: random.Random, counts: tuple[int, ...] = (1, 2, 3)) -> Scene:
+    """As many items as one of `counts`; places, shapes and colors evenly, in the order of the places."""
+    count = rng.choice(counts)
+    places = sorted(rng.sample(tuple(PLACES), count), key=tuple(PLACES).index)
+    return Scene(tuple(zip(places, rng.sample(SHAPES, count), rng.sample(tuple(COLORS), count), strict=True)))
 
 
 def text_turns(rng: random.Random, turns: int) -> list[Turn]:
@@ -166,8 +181,9 @@ class Studio:
     photos: dict[str, Image.Image] = field(default_factory=dict)
     made: int = 0
 
-    def scene(self) -> Scene:
-        while (scene := sample_scene(self.rng)) in self.kept_out:
+    def scene(self, counts: tuple[int, ...] = (1, 2, 3)) -> Scene:
+        """A scene that is not kept out; of one item there are only 120, so ask for few of those."""
+        while (scene := sample_scene(self.rng, counts)) in self.kept_out:
             pass
         return scene
 
@@ -235,7 +251,7 @@ def build(folder: Path, seed: int, scale: float) -> dict[str, int]:
 
     held_out, asked = [], []
     for number in times(300):
-        scene = studio.scene()
+        scene = studio.scene((1, 2, 2, 3, 3))
         studio.kept_out.add(scene)
         turn = scene.ask(KINDS[number % len(KINDS)], rng.choice(scene.items), rng)
         asked.append(studio.record([turn], studio.save(scene.draw(rng), "held_out/{n}.png")))
