@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import json
 import os
 from collections.abc import Callable, Iterator
@@ -102,15 +103,15 @@ def write(records: Iterator[dict[str, Any]], out: Path, texts: Path | None = Non
     partial = [path.with_name(f"{path.name}.{os.getpid()}.part") for path in files]
     counts = [0] * len(files)
     try:
-        opened = [path.open("w", encoding="utf-8") for path in partial]
-        for record in records:
-            at = 1 if texts and "image" not in record else 0
-            opened[at].write(",\n" if counts[at] else "[\n")
-            json.dump(record, opened[at], ensure_ascii=False)
-            counts[at] += 1
-        for file, count in zip(opened, counts, strict=True):
-            file.write("\n]\n" if count else "[]\n")
-            file.close()
+        with contextlib.ExitStack() as stack:
+            opened = [stack.enter_context(path.open("w", encoding="utf-8")) for path in partial]
+            for record in records:
+                at = 1 if texts and "image" not in record else 0
+                opened[at].write(",\n" if counts[at] else "[\n")
+                json.dump(record, opened[at], ensure_ascii=False)
+                counts[at] += 1
+            for file, count in zip(opened, counts, strict=True):
+                file.write("\n]\n" if count else "[]\n")
         for path, target in zip(partial, files, strict=True):
             os.replace(path, target)
     finally:

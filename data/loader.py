@@ -191,10 +191,8 @@ class Loader:
 
     def _start(self, step: int) -> list[_Batch]:
         """Set this rank's micro-batches of a step going."""
-        if self._packed:
-            sequences = self._packed.step(step)
-        else:
-            sequences = [[sample] for sample in self._stream.step(step)]
+        single = [] if self._packed else self._stream.step(step)
+        sequences = self._packed.step(step) if self._packed else [[sample] for sample in single]
         batches = []
         for turn in range(self._accumulation):
             # Micro-batches are dealt to the ranks in turn, as the reference's sampler shards them.

@@ -15,9 +15,10 @@ import pytest
 from data import index as module
 from data.conversation import IGNORED, encode
 from data.index import Index, cache_folders, open_index
+from data.tokenizer_file import TokenizerFile
 
 from .places import mixed, record, write
-from .support import lines, tokenizer
+from .support import GOLDENS, lines, tokenizer
 
 
 def conversations() -> list[dict[str, Any]]:
@@ -144,7 +145,8 @@ def test_a_mark_without_its_bytes_starts_over(tmp_path: Path, monkeypatch: pytes
 
 
 def _open(path: str, queue: Any) -> None:
-    index = open_index(Path(path), tokenizer("phi2"), "phi", lambda done, size: queue.put("built"))
+    phi = TokenizerFile(GOLDENS / "tokenizers" / "phi2")
+    index = open_index(Path(path), phi, "phi", lambda done, size: queue.put("built"))
     queue.put(len(index))
 
 

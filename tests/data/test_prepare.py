@@ -1,0 +1,183 @@
+"""The third door: each command does what it says, in words, with exit codes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from data.index import open_index
+from data.prepare import main
+from data.tokenizer_file import TokenizerFile
+
+from .places import mixed, record, write
+from .support import CHATML, GOLDENS, chat_tokenizer, fresh_tokenizer, talk, tokenizer
+
+LLAMA = str(GOLDENS / "tokenizers" / "llama_legacy")
+DOOR = Path(__file__).parents[2] / "data" / "prepare.py"
+
+
+def test_plan_says_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "nlp_tune.json").write_text("[]")
+    assert main(["plan", "--root", str(tmp_path), "llava-ft"]) == 1
+    told = capsys.readouterr().out
+    assert f"{tmp_path}/nlp_tune.json is there" in told
+    assert "llava_image_tune_2.zip.001                 41.90 GB" in told
+    assert "llava_image_tune_2.zip.002                 30.50 GB" in told
+    assert "train_json/llava_image_tune_.json" in told
+    assert "together                                   73.33 GB" in told
+    assert "https://github.com/haotian-liu/LLaVA" in told
+    assert "licence: " in told
+    assert "hf download LanguageBind/MoE-LLaVA" in told
+    assert main(["plan", "--root", str(tmp_path), "nlp"]) == 0
+    assert "all files are there; next: python data/prepare.py check" in capsys.readouterr().out
+
+
+def test_unpack_fills_the_tree(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with zipfile.ZipFile(tmp_path / "lrv_tune.zip", "w") as archive:
+        archive.writestr("lrv_tune/lrv-vg/1.jpg", b"one")
+    arguments = ["unpack", "--root", str(tmp_path), "lrv-331k", "nlp"]
+    assert main(arguments) == 0
+    assert (tmp_path / "lrv_tune" / "lrv-vg" / "1.jpg").read_bytes() == b"one"
+    assert "lrv-331k: 1 files written, 0 were there" in capsys.readouterr().out
+    assert main([*arguments, "--delete"]) == 0
+    assert "lrv-331k: 0 files written, 1 were there" in capsys.readouterr().out
+    assert not (tmp_path / "lrv_tune.zip").exists()
+    assert main(arguments) == 2
+    assert "prepare: " in capsys.readouterr().err
+
+
+def test_check_and_fix(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    records = mixed(tmp_path, 12)
+    arguments = ["check", "--root", str(tmp_path), "mixed.json", "--tokenizer", LLAMA, "--patches", "4"]
+    assert main(arguments) == 0
+    assert "nothing would be lost" in capsys.readouterr().out
+    assert (tmp_path / "check" / "check.html").is_file()
+    write(tmp_path, "mixed.json", [*records, record("Empty?", "")])
+    assert main([*arguments, "--fix", "--out", str(tmp_path / "told")]) == 1
+    told = capsys.readouterr().out
+    assert "LOST  no-answer: there is no answer to learn from (1)" in told
+    assert "mixed.fixed.json: 1 dropped, 12 written" in told
+    assert json.loads((tmp_path / "told" / "check.json").read_text())["lost"] == 1
+    assert main(["check", "--root", str(tmp_path), "mixed.fixed.json", "--no-pictures"]) == 0
+    assert "without --tokenizer the lengths of samples are not looked at" in capsys.readouterr().out
+    phi = str(GOLDENS / "tokenizers" / "phi2")
+    assert main(["check", "--root", str(tmp_path), "mixed.fixed.json", "--tokenizer", phi]) == 1
+    assert "LOST  tokenizer: the template ends turns with '</s>'" in capsys.readouterr().out
+
+
+def test_index_is_the_one_that_training_opens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mixed(tmp_path, 12)
+    arguments = ["index", "--root", str(tmp_path), "mixed.json", "--tokenizer", LLAMA]
+    assert main(arguments) == 0
+    assert "mixed.json: 12 records, " in capsys.readouterr().out
+    built: list[int] = []
+    index = open_index(
+        tmp_path / "mixed.json", tokenizer("llama_legacy"), "v1", lambda *step: built.append(1)
+    )
+    assert (len(index), built) == (12, [])
+    write(tmp_path, "mixed.json", [record("A?", "")])
+    assert main(arguments) == 1
+    assert "cannot be trained on: record 0: no answer to learn from" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("folder", ["llama_legacy", "llama_nolegacy", "phi2", "qwen1_5", "stablelm2"])
+def test_a_runs_tokenizer_folder_gives_the_same_index(folder: str, tmp_path: Path) -> None:
+    from data.index import fingerprint
+
+    tok = tokenizer(folder)
+    tok.save_pretrained(tmp_path)
+    read = TokenizerFile(tmp_path)
+    assert fingerprint(read, "v1") == fingerprint(tok, "v1")
+    for name in (
+        "bos_token",
+        "eos_token",
+        "pad_token",
+        "unk_token",
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+    ):
+        assert getattr(read, name) == getattr(tok, name), name
+    assert len(read) == len(tok)
+    assert read("A text.") == {"input_ids": tok("A text.")["input_ids"]}
+    assert set(tok.all_special_tokens) <= set(read.all_special_tokens)
+
+
+def test_a_chat_template_reads_alike(tmp_path: Path) -> None:
+    from data.conversation import encode
+    from data.index import fingerprint
+
+    tok = chat_tokenizer()
+    tok.save_pretrained(tmp_path)
+    read = TokenizerFile(tmp_path)
+    assert read.chat_template == CHATML
+    turns = talk("<image>\nWhat?", "A dog.", "Why?", "So.")
+    assert encode(turns, read, "chat") == encode(turns, tok, "chat")
+    assert fingerprint(read, "chat") == fingerprint(tok, "chat")
+    assert fingerprint(read, "chat") != fingerprint(fresh_tokenizer("qwen1_5"), "chat")
+    read.chat_template = "{{ raise_exception('no system') }}"
+    with pytest.raises(ValueError, match="refuses the conversation: no system"):
+        encode(turns, read, "chat")
+
+
+def test_convert_writes_the_schema(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = tmp_path / "mix.json"
+    source.write_text(json.dumps([{**record("A? <image>", "b", image="a.jpg")}, record("C?", "d")]))
+    out = ["--out", str(tmp_path / "out.json"), "--texts", str(tmp_path / "texts.json"), "--prefix", "tune"]
+    assert main(["convert", "llava", str(source), *out]) == 0
+    assert json.loads((tmp_path / "out.json").read_text())[0]["image"] == "tune/a.jpg"
+    assert "1 records in" in capsys.readouterr().out
+    assert main(["convert", "llava", str(source), *out]) == 2
+    assert "exists already; nothing is overwritten" in capsys.readouterr().err
+    assert main(["convert", "lrv", str(source), "--out", str(tmp_path / "x.json")]) == 2
+    assert "prepare: a record lacks 'image_id'" in capsys.readouterr().err
+    source.write_text(json.dumps({"IMG": "AAAA", "BAD": "?"}))
+    assert main(["convert", "mimic-it-pictures", str(source), "--out", str(tmp_path / "LA")]) == 1
+    assert "BAD: not base64" in capsys.readouterr().out
+    assert (tmp_path / "LA" / "IMG.jpg").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["check", "--root", "$NO_SUCH_ROOT", "nlp"], "that variable is not set: export it, or say --root"),
+        (["check", "--root", "/no/such/root", "nlp"], "--root: there is no folder /no/such/root"),
+        (["check", "--root", "ROOT", "nlq"], "the mix names 'nlq', which is not in the catalog"),
+        (["check", "--root", "ROOT", "nlp", "--template", "v9"], "no template is called 'v9'; there are"),
+        (
+            ["index", "--root", "ROOT", "nlp", "--tokenizer", "ROOT"],
+            "there is no tokenizer.json; name a run's",
+        ),
+        (["index", "--root", "ROOT", "nlp", "--tokenizer", LLAMA], "there is no nlp_tune.json"),
+        (["unpack", "--root", "ROOT", "lrv-331k"], "there is no lrv_tune.zip"),
+    ],
+)
+def test_what_cannot_be_done_is_told(
+    arguments: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(tmp_path) if word == "ROOT" else word for word in arguments]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_an_unsuitable_tokenizer_builds_no_index(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mixed(tmp_path, 3)
+    arguments = ["index", "--root", str(tmp_path), "mixed.json", "--tokenizer", LLAMA, "--template", "phi"]
+    assert main(arguments) == 2
+    assert "the tokenizer does not suit template phi: the template ends turns with" in capsys.readouterr().err
+
+
+def test_it_runs_as_a_file_from_anywhere(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, str(DOOR), "plan", "--root", "here", "nlp"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1, done.stderr
+    assert "nlp_tune.json is missing" in done.stdout
+    assert done.stderr == ""
