@@ -47,7 +47,9 @@ def script(
     cluster = spec.cluster
     executor = ArrayExecutor(batch / "slurm", cluster, batch)
     python = shlex.quote(cluster.python or sys.executable)
-    at_exit = f"rc=$?; trap - EXIT; {python} -m launch.verdict {shlex.quote(str(batch))} $rc; exit $?"
+    # SLURM signals what this shell starts as well, a Python that is still importing included.
+    verdict = f"(trap '' TERM USR2; exec {python} -m launch.verdict {shlex.quote(str(batch))} $rc)"
+    at_exit = f"rc=$?; trap - EXIT; {verdict}; exit $?"
     more: dict[str, object] = {
         "array": ",".join(_ranges(indices)) + (f"%{n}" if (n := cluster.array_parallelism) else ""),
         "comment": token,

@@ -102,12 +102,9 @@ def main(arguments: list[str]) -> int:
     except cluster.SlurmError:
         facts = {}  # slurmctld away: requeue below tries again, and a job that it lost anyway is in its hands
     restarted = int(facts.get("Restarts", restarts)) > restarts
-    cancelled = (
-        not restarted
-        and facts.get("JobState") in ("COMPLETING", "CANCELLED")
-        and facts.get("ExitCode") == "0:15"
-    )
-    if verdict != "finished" and cancelled and facts.get("Reason") != "TimeLimit":
+    # While this script runs the job is RUNNING, unless SLURM is ending it: to restart it, at the walltime, or for good.
+    ending = facts.get("JobState") in ("COMPLETING", "CANCELLED") and facts.get("Reason") != "TimeLimit"
+    if verdict != "finished" and ending and not restarted:
         verdict, reason = "cancelled", "scancel"
     elif verdict != "finished" and restarted and verdict != "preempted":
         # SLURM took the node away and killed the ranks; whatever they say of it is a consequence.

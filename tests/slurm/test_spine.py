@@ -9,7 +9,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ CHAIN = [
     "cluster.cpus_per_gpu=1",
     "cluster.walltime=20m",
     "cluster.grace=1m",
-    "cluster.sbatch={gres: 'gpu:h100:2'}",
+    "cluster.sbatch={gres: 'gpu:h100:8'}",  # a node each, so that two elements share none
     "gpus=4",
     "wandb.mode=offline",
     "stage1_align:train.steps=3",
@@ -39,18 +39,8 @@ CHAIN = [
 ]
 
 
-@pytest.fixture(scope="module")
-def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("demo") / "data"
-    subprocess.run([sys.executable, str(ROOT / "data" / "demo.py"), str(folder)], check=True, timeout=120)
-    # A dozen held-out questions are enough here, where nothing is said about what the model has learnt.
-    file = folder / "held_out.json"
-    file.write_text(json.dumps(json.loads(file.read_text())[:12]))
-    return folder
-
-
 @pytest.fixture
-def cluster(private_slurm: Callable[..., PrivateSlurm]) -> Iterator[PrivateSlurm]:
+def cluster(private_slurm: Callable[..., PrivateSlurm]) -> PrivateSlurm:
     return private_slurm(kill_wait=30)
 
 
@@ -84,9 +74,9 @@ def history(folder: RunFolder) -> list[tuple[int, float]]:
 @pytest.mark.slurm
 @pytest.mark.slow
 def test_three_stages_as_chained_arrays_and_a_preemption_that_loses_nothing(
-    cluster: PrivateSlurm, data_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cluster: PrivateSlurm, demo_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("DATA_ROOT", str(data_root))
+    monkeypatch.setenv("DATA_ROOT", str(demo_data))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     runs = tmp_path / "runs"
     sweep = "sweep={train.optim.lr: [1e-3, 2e-3]}"
@@ -151,9 +141,9 @@ def test_three_stages_as_chained_arrays_and_a_preemption_that_loses_nothing(
 
 @pytest.mark.slurm
 def test_cancel_is_final(
-    cluster: PrivateSlurm, data_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cluster: PrivateSlurm, demo_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("DATA_ROOT", str(data_root))
+    monkeypatch.setenv("DATA_ROOT", str(demo_data))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     runs = tmp_path / "runs"
     submit(cluster, runs, "stage1_align:train.steps=5000", "--only", "align")
@@ -177,11 +167,11 @@ def test_cancel_is_final(
 @pytest.mark.slow
 def test_with_a_grace_and_the_user_signal_the_verdict_requeues_once(
     private_slurm: Callable[..., PrivateSlurm],
-    data_root: Path,
+    demo_data: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setenv("DATA_ROOT", str(data_root))
+    monkeypatch.setenv("DATA_ROOT", str(demo_data))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     cluster = private_slurm(user_signal=True, grace=60)
     runs = tmp_path / "runs"

@@ -1,0 +1,137 @@
+"""The demo's first stage on this machine: stopped by Ctrl-C, gone on with, found done; killed, and found running."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from launch.record import RunFolder, read_lines
+from launch.status import alive, batch_of
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS = 60
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> RunFolder:
+    return RunFolder(tmp_path / "runs" / "demo" / "stage1_align" / "run")
+
+
+@pytest.fixture
+def start(tmp_path: Path, demo_data: Path) -> Callable[..., subprocess.Popen[str]]:
+    def submit(*arguments: str) -> subprocess.Popen[str]:
+        command = [
+            sys.executable,
+            str(ROOT / "launch" / "submit.py"),
+            str(ROOT / "experiments" / "demo" / "stage1_align.yaml"),
+            f"runs={tmp_path / 'runs'}",
+            f"data.root={demo_data}",
+            "wandb.mode=disabled",
+            f"train.steps={STEPS}",
+            *arguments,
+        ]
+        return subprocess.Popen(
+            command,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    return submit
+
+
+def until(condition: Callable[[], bool], seconds: float = 600) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def steps(folder: RunFolder) -> list[int]:
+    return [row["step"] for row in read_lines(folder.metrics_file)]
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_and_the_same_command_goes_on(
+    start: Callable[..., subprocess.Popen[str]], folder: RunFolder, tmp_path: Path
+) -> None:
+    first = start()
+    until(lambda: len(steps(folder)) >= 3)
+    os.killpg(first.pid, signal.SIGINT)  # as a terminal does: to the whole foreground group
+    said, complained = first.communicate(timeout=300)
+    assert first.returncode == 130, complained
+    assert "the ranks save and leave" in said
+    assert "the same command goes on from the last saved step" in complained
+    assert "Traceback" not in complained
+    saved = folder.last("saved")
+    assert saved is not None
+    assert 3 <= saved["step"] < STEPS
+    assert steps(folder) == list(range(1, saved["step"] + 1))
+
+    second = start()
+    said, complained = second.communicate(timeout=600)
+    assert second.returncode == 0, complained
+    assert [record["step"] for record in folder.journal if record["event"] == "start"] == [0, saved["step"]]
+    assert steps(folder) == list(range(1, STEPS + 1))
+    assert "align" in said
+    assert (folder.path / "loss.png").stat().st_size > 1000
+
+    before = folder.journal
+    third = start()
+    said, _ = third.communicate(timeout=300)
+    assert third.returncode == 0
+    assert "nothing to do: every run is done" in said
+    assert folder.journal == before
+
+    # What was saved and gone on with is what a run without a stop ends in.
+    other = start("name=demo/other")
+    assert other.wait(timeout=600) == 0, other.stderr
+    again = RunFolder(tmp_path / "runs" / "demo" / "other" / "run")
+    digests = [json.loads(f.handoff_file.read_text())["digest"] for f in (folder, again)]
+    assert digests[0] == digests[1]
+    for process in (first, second, third, other):
+        for stream in (process.stdout, process.stderr):
+            assert stream is not None
+            stream.close()
+
+
+@pytest.mark.slow
+def test_a_killed_submitter_leaves_a_run_that_the_next_one_follows(
+    start: Callable[..., subprocess.Popen[str]], folder: RunFolder
+) -> None:
+    first = start()
+    until(lambda: len(steps(folder)) >= 2)
+    first.kill()
+    first.communicate()
+    batch = batch_of(folder)
+    assert batch is not None
+    assert alive(batch[0]["pid"], batch[0]["started"])
+    second = start()
+    _, complained = second.communicate(timeout=600)
+    assert second.returncode == 0, complained
+    assert sum(record["event"] == "start" for record in folder.journal) == 1
+    assert steps(folder) == list(range(1, STEPS + 1))
+
+
+@pytest.mark.slow
+def test_an_error_on_a_rank_ends_in_words(
+    start: Callable[..., subprocess.Popen[str]], folder: RunFolder
+) -> None:
+    failed = start("data.mix=nowhere.json")
+    said, complained = failed.communicate(timeout=600)
+    assert failed.returncode == 1
+    assert "nowhere.json" in complained
+    assert "log: " in complained
+    assert "Traceback" not in said + complained
+    # What the data lack, they lack on a second attempt too.
+    assert sum(record["event"] == "verdict" for record in folder.journal) == 1
