@@ -40,6 +40,10 @@ class NoTracker:
     def summary(self, values: Mapping[str, object]) -> None:
         """Record facts about the whole run (data report, goodput)."""
 
+    def asked(self) -> frozenset[str]:
+        """What people have asked of the run since it began, by a tag on its W&B page: see online.ORDERS."""
+        return frozenset()
+
     def finish(self, outcome: str) -> None:
         """End the attempt: finished, preempted or failed."""
 

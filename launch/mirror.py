@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from launch import tracking
+from launch import session as client
 from launch.metrics import Reader
 from launch.online import Lock, account, reachable
 from launch.record import read_json, read_lines, write_json
@@ -25,6 +25,7 @@ from launch.sync import delivered
 TICK_SECONDS = 1.0
 BEAT_SECONDS = 5.0
 RETRY_SECONDS = 300.0  # between looks whether the server is back
+ORDERS_SECONDS = 60.0  # between looks at the run's tags
 CHECK_SECONDS = 600.0  # between looks whether the server takes the rows
 
 
@@ -39,13 +40,13 @@ class Mirror:
                 f"{folder}/wandb/attempt_{attempt}.json is missing: nothing says which run this is"
             )
         self.job: dict[str, Any] = job
-        self.session: tracking.Session | None = None
+        self.session: client.Session | None = None
         self.reader = Reader(folder / "metrics.jsonl")
         self.state: dict[str, Any] = {"attempt": attempt, "pid": os.getpid(), "host": socket.gethostname()}
         self.state |= {"segments": [], "held": sorted(delivered(folder)), "outcome": "", "closed": False}
         self._seen: set[str] = set()  # keys of wanted.jsonl that this session has dealt with
         self._sent: list[str] = []  # and those that count when the session has ended well
-        self._next_try = self._next_check = self._next_beat = 0.0
+        self._next_try = self._next_check = self._next_beat = self._next_orders = 0.0
         self._reached = -1  # the step the server should have by the next check
 
     def live(self) -> None:
@@ -65,12 +66,13 @@ class Mirror:
                 self.open()
             elif not self.session.online and self.may_be_online() and time.monotonic() > self._next_try:
                 self._next_try = time.monotonic() + RETRY_SECONDS
-                if not Lock.held(self.folder) and reachable(tracking.base_url()):
+                if not Lock.held(self.folder) and reachable(client.base_url()):
                     self.say("the server is back")
                     self.leave()
                     self.open()
             self.send()
             self.check()
+            self.ask_orders()
         except Exception as error:
             self.say(f"{type(error).__name__}: {error}")
             self.leave()
@@ -83,18 +85,22 @@ class Mirror:
             # Say so before looking at the syncer's lock, as the syncer locks before it looks here.
             self.state["mode"] = "online"
             self.beat(now=True)
-            online = not Lock.held(self.folder) and reachable(tracking.base_url())
+            online = not Lock.held(self.folder) and reachable(client.base_url())
         self._next_try = time.monotonic() + RETRY_SECONDS
         try:
-            self.session = tracking.Session(self.job, self.folder, online=online)
+            job = self.job
+            if online:  # tags that people have given the run stay
+                job = job | {"tags": sorted({*job["tags"], *client.ask(job).tags})}
+            self.session = client.Session(job, self.folder, online=online)
         except Exception as error:
             if not online:
                 raise
             self.say(f"not online: {type(error).__name__}: {error}")
-            tracking.close()
-            self.session = tracking.Session(self.job, self.folder, online=False)
+            client.close()
+            self.session = client.Session(self.job, self.folder, online=False)
         self.reader = Reader(self.folder / "metrics.jsonl", after=self.session.step)
         self._seen, self._sent = set(), []
+        self._next_orders = time.monotonic() + ORDERS_SECONDS
         self._next_check, self._reached = time.monotonic() + CHECK_SECONDS, -1
         self.state["segments"].append(self.session.segment)
         self._next_beat = 0.0
@@ -126,6 +132,18 @@ class Mirror:
                 # Lineage is completed afterwards: by the next attempt or the syncer.
                 self.say(f"{item['kind']} {item['name']}: {type(error).__name__}: {error}")
 
+    def ask_orders(self) -> None:
+        """Pass on to the trainer what people ask for by tags."""
+        if self.session is None or not self.session.online or time.monotonic() < self._next_orders:
+            return
+        self._next_orders = time.monotonic() + ORDERS_SECONDS
+        try:
+            for order in client.take_orders(self.job):
+                self.say(f"asked to {order}")
+                print(order, flush=True)
+        except Exception as error:
+            self.say(f"no answer about tags: {type(error).__name__}: {error}")
+
     def check(self) -> None:
         """Open the run anew when the server has stopped taking rows, which the client says nowhere."""
         if self.session is None or not self.session.online or time.monotonic() < self._next_check:
@@ -133,7 +151,7 @@ class Mirror:
         self._next_check = time.monotonic() + CHECK_SECONDS
         expected, self._reached = self._reached, self.session.step
         try:
-            there = tracking.ask(self.job).step
+            there = client.ask(self.job).step
         except Exception as error:
             self.say(f"no answer to a check: {type(error).__name__}: {error}")
             return
@@ -155,14 +173,14 @@ class Mirror:
                     self.state["held"] += self._sent
                     break
                 self.say("the server has not taken all rows; sending them again")
-                tracking.close()
+                client.close()
         except Exception as error:
             self.say(f"at the end: {type(error).__name__}: {error}")
         self.state |= {"closed": True, "outcome": outcome}
         self.beat(now=True)
 
     def taken(self, step: int) -> bool:
-        return tracking.ask(self.job, step).step >= step
+        return client.ask(self.job, step).step >= step
 
     def leave(self) -> None:
         """Give up the present session; what it holds is on disk, or is read again."""
@@ -170,7 +188,7 @@ class Mirror:
         try:
             if session is not None and not session.online:
                 session.finish("failed")
-            tracking.close()
+            client.close()
         except Exception as error:
             self.say(f"{type(error).__name__}: {error}")
 
@@ -178,7 +196,7 @@ class Mirror:
         mode = self.job["mode"]
         if mode == "auto" and os.environ.get("WANDB_MODE") in ("offline", "dryrun"):
             return False
-        return mode == "online" or (mode == "auto" and account(tracking.base_url()))
+        return mode == "online" or (mode == "auto" and account(client.base_url()))
 
     def wait_for_predecessor(self) -> None:
         """A run has one writer at a time: the last attempt's mirror may still be sending."""
@@ -201,7 +219,7 @@ class Mirror:
 
     def say(self, text: str) -> None:
         self.state["note"] = text
-        print(time.strftime("%Y-%m-%d %H:%M:%S"), text, flush=True)
+        print(time.strftime("%Y-%m-%d %H:%M:%S"), text, file=sys.stderr, flush=True)
 
 
 def listen(seconds: float) -> str:
@@ -227,6 +245,9 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     Mirror(Path(sys.argv[1]), int(sys.argv[2])).live()
+    # Without this, wandb's exit handlers wait once more for a server that has just been given up.
+    sys.stderr.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import urllib.request
 from pathlib import Path
 from urllib.parse import urlparse
 
+ORDERS = frozenset({"stop-after-save", "requeue"})  # tags by which a run is steered from its W&B page
 PROBE_SECONDS = 10.0
 BEAT_SECONDS = 5.0
 

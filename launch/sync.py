@@ -149,9 +149,9 @@ class Sync:
     """One run on its way to the server. Imports wandb: runs in a process of its own."""
 
     def __init__(self, folder: Path, *, running: bool, live: bool) -> None:
-        from launch import tracking
+        from launch import session as client
 
-        self.tracking, self.folder, self.running, self.live = tracking, folder, running, live
+        self.client, self.folder, self.running, self.live = client, folder, running, live
         attempt = latest(folder, "attempt")
         assert attempt is not None
         self.job: dict[str, Any] = attempt
@@ -160,7 +160,7 @@ class Sync:
         self.ledger: dict[str, Any] = {"segments": {}, "held": []}
         self.ledger |= read_json(folder / "wandb" / "ledger.json") or {}
         self.report = _report(folder)
-        self.server = tracking.OnServer()
+        self.server = client.OnServer()
         self.session: Any = None
 
     def run(self) -> dict[str, Any]:
@@ -168,14 +168,14 @@ class Sync:
         if self.running and self.state.get("mode") == "online":
             self.note("is online by itself")
             return self.report
-        url = self.tracking.base_url()
+        url = self.client.base_url()
         if not account(url):
             self.fail(f"no login for {url} here: run `wandb login`, or set WANDB_API_KEY")
             return self.report
         if not reachable(url):
             self.fail(f"{url} does not answer: try again later")
             return self.report
-        self.server = self.tracking.ask(self.job)
+        self.server = self.client.ask(self.job)
         self.job = self.job | {"entity": self.server.entity}
         try:
             for path in segments.find(self.folder):
@@ -186,7 +186,7 @@ class Sync:
             self.hold()
             self.end()
         finally:
-            self.tracking.close()
+            self.client.close()
             self.verify()
             if not (self.report["failed"] or self.report["waiting"] or self.running):
                 self.ledger["complete"] = mark
@@ -229,7 +229,7 @@ class Sync:
         except subprocess.TimeoutExpired:
             said = f"ERROR no end after {SEND_SECONDS} s"
         print(said, file=sys.stderr)
-        self.server = self.tracking.ask(self.job, found.last)
+        self.server = self.client.ask(self.job, found.last)
         complaints = re.findall(r"(?m)^.*(?:ERROR|[Ff]atal).*$", said)
         for line in complaints:
             self.note(re.sub(r"^wandb:\s*", "", line.strip()))
@@ -278,7 +278,7 @@ class Sync:
 
     def open(self) -> Any:
         if self.session is None:
-            self.session = self.tracking.Session(self.job, self.folder, online=True, final=not self.running)
+            self.session = self.client.Session(self.job, self.folder, online=True, final=not self.running)
             for item in read_lines(self.folder / "wandb" / "wanted.jsonl"):
                 if item["kind"] == "summary":
                     self.session.hold(item)
@@ -288,8 +288,8 @@ class Sync:
         session, self.session = self.session, None
         if session is not None:
             session.finish(self.state.get("outcome") or "failed")
-            self.tracking.close()
-            self.server = self.tracking.ask(self.job, session.step)
+            self.client.close()
+            self.server = self.client.ask(self.job, session.step)
 
     def verify(self) -> None:
         """Compare with metrics.jsonl what the server says it has."""

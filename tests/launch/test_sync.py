@@ -21,7 +21,7 @@ server, folder = tracked.server, tracked.folder
 @pytest.fixture(autouse=True)
 def _hurried(monkeypatch: pytest.MonkeyPatch) -> None:
     hurried(monkeypatch, FLUSH_SECONDS=0.2, TICK_SECONDS=0.1, LAG_SECONDS=0)
-    script = "import sys, launch.sync as s, launch.tracking as t; t.LAG_SECONDS = 0; s.main(sys.argv[1:])"
+    script = "import sys, launch.sync as s, launch.session as t; t.LAG_SECONDS = 0; s.main(sys.argv[1:])"
     monkeypatch.setattr(sync, "COMMAND", (sys.executable, "-c", script))
 
 

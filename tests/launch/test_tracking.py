@@ -410,6 +410,27 @@ def test_signals_of_the_cluster_leave_the_mirror_alone(server: WandbServer, fold
     assert server.runs["demo-align"].state == "preempted"
 
 
+def test_a_tag_on_the_page_reaches_the_trainer_once(
+    server: WandbServer, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hurried(monkeypatch, ORDERS_SECONDS=0.2, TICK_SECONDS=0.1)
+    monkeypatch.setattr(tracking, "LOOK_SECONDS", 0.0)
+    tracker = start(folder)
+    log(tracker, 1, 2)
+    wait(lambda: state(folder).get("mode") == "online" and "demo-align" in server.runs)
+    assert tracker.asked() == frozenset()
+    server.runs["demo-align"].tags += ["stop-after-save", "favourite"]
+    step = iter(range(3, 10000))
+    wait(lambda: tracker.log(next(step), {"loss": 1.0}) or "stop-after-save" in tracker.asked())
+    assert tracker.asked() == {"stop-after-save"}
+    tracker.finish("preempted")
+    later = start(folder, attempt=2, start_step=2)
+    log(later, 3, 4)
+    later.finish("finished")
+    assert sorted(server.runs["demo-align"].tags) == ["favourite", "small"]
+    assert later.asked() == frozenset()
+
+
 def test_artifacts_tables_and_summaries(server: WandbServer, folder: Path) -> None:
     from PIL import Image
 
@@ -460,7 +481,7 @@ def test_a_handoff_is_found_by_its_artifact_s_name(
     tracker.publish_handoff(handoff)
     tracker.finish("finished")
     script = (
-        "from launch.tracking import fetch_handoff as f; import json, sys; print(json.dumps(f(sys.argv[1])))"
+        "from launch.session import fetch_handoff as f; import json, sys; print(json.dumps(f(sys.argv[1])))"
     )
     place = "team/moe-vlm/checkpoint-demo-align:latest"
     done = subprocess.run([sys.executable, "-c", script, place], cwd=ROOT, check=True, capture_output=True)

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from launch import tracking
+from launch import session
 from launch.metrics import NoTracker
 from launch.spec import WandbSpec
 from launch.tracking import Trackers, WandbTracker, trackers
@@ -42,9 +42,9 @@ def folder(tmp_path: Path) -> Path:
 
 
 def hurried(monkeypatch: pytest.MonkeyPatch, **seconds: float) -> None:
-    """Shorten the mirror's waits; `mirror.X` and `tracking.X` by name."""
-    lines = [f"{'t' if hasattr(tracking, name) else 'm'}.{name} = {value}" for name, value in seconds.items()]
-    script = f"import launch.mirror as m, launch.tracking as t; {'; '.join(lines)}; m.main()"
+    """Shorten the mirror's waits; of launch.mirror and launch.session, by name."""
+    lines = [f"{'t' if hasattr(session, name) else 'm'}.{name} = {value}" for name, value in seconds.items()]
+    script = f"import launch.mirror as m, launch.session as t; {'; '.join(lines)}; m.main()"
     monkeypatch.setattr(WandbTracker, "command", (sys.executable, "-c", script))
 
 
@@ -100,3 +100,4 @@ def kill_mirror(tracker: NoTracker) -> None:
         os.kill(pid, signal.SIGKILL)
     process.wait()
     process.stdin.close()
+    process.stdout.close()
