@@ -11,12 +11,11 @@ from pathlib import Path
 
 from launch import snapshot, submission
 from launch.cluster import SlurmError, jobs
+from launch.exits import FAILED, INTERRUPTED, NO_SLURM, OK, REFUSED, USAGE
 from launch.plan import EXPERIMENTS, Plan, StagePlan, clashes, make, runs_folder
 from launch.reader import SpecError
 from launch.status import State
 from moe.stages import STAGES
-
-OK, FAILED, USAGE, NO_SLURM = 0, 1, 2, 3
 
 
 def parser() -> argparse.ArgumentParser:
@@ -34,6 +33,14 @@ def parser() -> argparse.ArgumentParser:
         "--dry-run", action="store_true", help="print the plan and the exact sbatch scripts, submit nothing"
     )
     one.add_argument("--explain", action="store_true", help="print each setting and the line that set it")
+    one.add_argument(
+        "--max-gpu-hours",
+        type=float,
+        default=0.0,
+        metavar="H",
+        help="refuse a plan that may use more in one go",
+    )
+    one.add_argument("-y", "--yes", action="store_true", help="submit it though it is over --max-gpu-hours")
     stages = f"a stage ({', '.join(STAGES)}) or an experiment of the chain"
     one.add_argument("--only", default="", metavar="STAGE", help=f"this stage alone: {stages}")
     one.add_argument(
@@ -79,11 +86,11 @@ def _main(arguments: Sequence[str] | None) -> int:
         return dry_run(plan)
     if plan.stages[-1].spec.cluster.executor == "local":
         return run_here(plan)
-    return submit(plan)
+    return submit(plan, 0.0 if options.yes else options.max_gpu_hours)
 
 
-def submit(plan: Plan) -> int:
-    """Send what is missing to SLURM."""
+def submit(plan: Plan, limit: float = 0.0) -> int:
+    """Send what is missing to SLURM, unless that may use more GPU-hours than the limit; 0 is none."""
     root = runs_folder(plan.stages[-1].spec)
     try:
         queue = jobs()
@@ -91,6 +98,14 @@ def submit(plan: Plan) -> int:
         if blocked := _blocked(plan, states):
             return _complain(*blocked)
         print(table(plan, states))
+        hours = sum(gpu_hours(stage, states) for stage in plan.stages)
+        if limit and hours > limit:
+            print(
+                f"error: the plan may use {hours:,.1f} GPU-hours, and the limit is {limit:,.1f}",
+                file=sys.stderr,
+            )
+            print("  nothing was submitted; -y submits it all the same", file=sys.stderr)
+            return REFUSED
         code = snapshot.take(root)
         sent = 0
         for batch, job in submission.submit(plan, code):
@@ -126,7 +141,7 @@ def run_here(plan: Plan) -> int:
         local.run(plan, snapshot.take(runs_folder(plan.stages[-1].spec)))
     except KeyboardInterrupt:
         print("stopped; the same command goes on from the last saved step", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     except local.LocalError as error:
         print(f"error: {error}", file=sys.stderr)
         return FAILED
@@ -167,18 +182,36 @@ def explain(plan: Plan) -> None:
 
 def table(plan: Plan, states: dict[str, State]) -> str:
     """The plan: a line a stage, a line a run where there are several."""
-    lines = [f"{'stage':10}{'experiment':28}{'runs':>5}  {'shape':14}{'cluster':12}{'starts from':28}state"]
+    lines = [
+        f"{'stage':10}{'experiment':28}{'runs':>5}  {'shape':14}{'cluster':12}{'starts from':28}{'GPU-h max':>9}  state"
+    ]
     for stage in plan.stages:
         spec = stage.spec
         shape = f"{spec.nodes} x {spec.ranks_per_node} {'GPUs' if spec.cluster.device == 'cuda' else 'ranks'}"
         start = spec.init_from or spec.model.backbone
         lines.append(
             f"{spec.stage:10}{stage.experiment.name:28}{len(stage.runs):>5}  {shape:14}{spec.cluster.name:12}"
-            f"{start:28}{_summary(stage, states)}"
+            f"{start:28}{hours_text(gpu_hours(stage, states)):>9}  {_summary(stage, states)}"
         )
         if len(stage.runs) > 1:
-            lines += [f"{'':10}  {run.point:26}{'':46}{'':17}{states[run.name].name}" for run in stage.runs]
+            lines += [f"{'':10}  {run.point:26}{'':46}{'':28}{states[run.name].name}" for run in stage.runs]
+    if total := sum(gpu_hours(stage, states) for stage in plan.stages):
+        lines.append(
+            f"at most {total:,.1f} GPU-hours: a walltime for each run; one that needs longer requeues itself"
+        )
     return "\n".join(lines)
+
+
+def gpu_hours(stage: StagePlan, states: dict[str, State]) -> float:
+    """The most that the stage's runs can use before one of them has to requeue itself."""
+    spec = stage.spec
+    left = [run for run in stage.runs if states[run.name].name != "done"]
+    return len(left) * spec.gpus * int(spec.cluster.walltime) / 3600 if spec.cluster.device == "cuda" else 0.0
+
+
+def hours_text(hours: float) -> str:
+    """1,536 or 0.5; a dash for none."""
+    return "-" if not hours else f"{hours:,.0f}" if hours >= 10 else f"{hours:.1f}"
 
 
 def _summary(stage: StagePlan, states: dict[str, State]) -> str:

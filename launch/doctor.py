@@ -115,8 +115,8 @@ def _preemption(site: Site, partition: Partition) -> Iterator[Fact]:
         ),
         "CANCEL": (
             "warn",
-            "SLURM cancels a preempted run instead of requeueing it: where it has time for a verdict it requeues "
-            "itself, else runs.py resubmit; keep train.save_every small",
+            "SLURM cancels a preempted run instead of requeueing it: its own verdict puts it back, in the grace or in "
+            "KillWait; where a save takes longer than that the run is stopped, and runs.py resubmit goes on with it",
         ),
         "SUSPEND": (
             "warn",

@@ -200,3 +200,19 @@ def test_without_slurm_it_says_so(tmp_path: Path) -> None:
     done = submit(chain.write(tmp_path), PATH=str(empty))
     assert done.returncode == 3
     assert "squeue: not found; is this a SLURM login node?" in done.stderr
+
+
+def test_a_plan_over_the_limit_of_gpu_hours_is_refused_unless_one_says_yes(tmp_path: Path, slurm: Path) -> None:
+    file = chain.write(tmp_path, sweep3="sweep: {train.optim.lr: [1e-5, 2e-5]}\n")
+    refused = submit(file, "--max-gpu-hours", "15", slurm=slurm)
+    assert refused.returncode == 4
+    assert "the plan may use 16.0 GPU-hours, and the limit is 15.0" in refused.stderr
+    assert "at most 16.0 GPU-hours: a walltime for each run" in refused.stdout
+    assert not sent(slurm)
+    assert submit(file, "--max-gpu-hours", "16", slurm=slurm).returncode == 0
+    assert len(sent(slurm)) == 3
+
+
+def test_yes_submits_over_the_limit(tmp_path: Path, slurm: Path) -> None:
+    assert submit(chain.write(tmp_path), "--max-gpu-hours", "1", "-y", slurm=slurm).returncode == 0
+    assert len(sent(slurm)) == 3
