@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
@@ -49,22 +50,40 @@ class ImageFormat:
         return red, green, blue
 
 
-def load(path: Path | str | bytes, format: ImageFormat, aspect: Aspect) -> Tensor:
-    """A picture file, or its bytes, as float32 [3, size, size]; ImageError when it cannot be read."""
-    return normalise(torch.from_numpy(pixels(path, format, aspect)).permute(2, 0, 1), format)
+def load(
+    path: Path | str | bytes,
+    format: ImageFormat,
+    aspect: Aspect,
+    *,
+    fast: bool = False,
+    out: Tensor | None = None,
+) -> Tensor:
+    """A picture file, or its bytes, as float32 [3, size, size]; ImageError when it cannot be read.
+
+    `fast` scales with torch's kernel, in a quarter of the time; it differs from Pillow's by one or two grey
+    levels in under 1 % of the values (69 dB at worst). `out` is filled and returned if given.
+    """
+    if out is None:
+        out = torch.empty((3, format.size, format.size), dtype=torch.float32)
+    return normalise(pixels(path, format, aspect, fast=fast).transpose(2, 0, 1), format, out)
 
 
-def normalise(raw: Tensor, format: ImageFormat) -> Tensor:
-    """uint8 [..., 3, H, W] to contiguous float32: scaled to 0..1, less the mean, over the deviation."""
-    mean, std = (
-        torch.tensor(values, dtype=torch.float32).view(3, 1, 1) for values in (format.mean, format.std)
-    )
-    return raw.to(torch.float32, memory_format=torch.contiguous_format).mul_(1 / 255).sub_(mean).div_(std)
+def normalise(raw: np.ndarray, format: ImageFormat, out: Tensor) -> Tensor:
+    """uint8 [3, H, W] to float32 in `out`: scaled to 0..1, less the mean, over the deviation."""
+    target = out.numpy()
+    for channel, (mean, std) in enumerate(zip(format.mean, format.std, strict=True)):
+        np.multiply(raw[channel], np.float32(1 / (255 * std)), out=target[channel])
+        target[channel] -= np.float32(mean / std)
+    return out
 
 
-def pixels(path: Path | str | bytes, format: ImageFormat, aspect: Aspect) -> np.ndarray:
+def pixels(
+    path: Path | str | bytes, format: ImageFormat, aspect: Aspect, *, fast: bool = False
+) -> np.ndarray:
     """The scaled picture before normalisation, uint8 [size, size, 3]."""
     picture = read(path)
+    if fast:
+        return _fast(np.asarray(picture), format, aspect)
     if aspect == "pad":
         picture = _padded(picture, format.background)
     if format.resize == "squash":
@@ -72,6 +91,29 @@ def pixels(path: Path | str | bytes, format: ImageFormat, aspect: Aspect) -> np.
     else:
         picture = _cropped(picture, format.size)
     return np.array(picture)  # a copy: Pillow's own buffer is read-only
+
+
+def _fast(picture: np.ndarray, format: ImageFormat, aspect: Aspect) -> np.ndarray:
+    """As `pixels`, with torch's antialiased bicubic kernel on bytes."""
+    height, width = picture.shape[:2]
+    size, side = format.size, max(height, width)
+    if aspect == "pad" and height != width:
+        square = np.empty((side, side, 3), np.uint8)
+        top, left = (side - height) // 2, (side - width) // 2
+        square[:top] = square[top + height :] = format.background
+        square[:, :left] = square[:, left + width :] = format.background
+        square[top : top + height, left : left + width] = picture
+        picture, height, width = square, side, side
+    new = (size, size)
+    if format.resize == "crop" and height != width:
+        long = int(size * side / min(height, width))
+        if side > LONGEST * min(height, width):
+            return np.array(_cropped(Image.fromarray(picture), size))
+        new = (size, long) if width > height else (long, size)
+    planes = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None]
+    scaled = F.interpolate(planes, new, mode="bicubic", antialias=True)[0].permute(1, 2, 0).numpy()
+    top, left = (new[0] - size) // 2, (new[1] - size) // 2
+    return scaled[top : top + size, left : left + size]
 
 
 def read(path: Path | str | bytes) -> Image.Image:

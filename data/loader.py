@@ -24,11 +24,12 @@ from torch import Tensor
 from data.catalog import CatalogError, annotation_path, resolve
 from data.collate import collate, cut, joined, segments, spliced
 from data.conversation import tokenizer_faults
-from data.images import ImageError, ImageFormat, load
+from data.images import ImageError, ImageFormat, load, normalise
 from data.index import Row, fingerprint, open_index, pictures
 from data.mixture import Mixture, Source, Stream
 from data.packing import PackedStream
 from data.records import RecordError, stream
+from data.shards import open_shard
 from data.spec import DataSpec
 
 AHEAD = 2  # steps that are loaded while one trains
@@ -97,6 +98,7 @@ class Loader:
         rank: int,
         world: int,
         seed: int,
+        fast: bool = False,
     ) -> None:
         if faults := tokenizer_faults(tokenizer, spec.template):
             raise DataError(f"the tokenizer does not suit template {spec.template}: " + "; ".join(faults))
@@ -109,7 +111,9 @@ class Loader:
         self._replaced: list[str] = []
         self._earlier = 0  # replaced before this attempt
         self._tokens = self._slots = 0
+        self._fast = fast  # see data.images.load
         self._root = _root(spec)
+        self._shard = open_shard(self._root, image, spec.aspect)
         self._mixture = Mixture(_sources(spec, self._root, tokenizer), patches, spec.max_length)
         self._dropped = self._faults()
         if len(self._dropped) > spec.bad_samples:
@@ -243,7 +247,7 @@ class Loader:
         for attempt in range(TRIES):
             try:
                 for at, path in enumerate(row.images):
-                    job.pixels[at] = self._picture(sample, path)
+                    self._picture(sample, path, job.pixels[at])
             except ImageError as error:
                 job.replaced.append(f"{self._name(sample)}: {error}")
                 sample, row = self._substitute(job, attempt)
@@ -256,16 +260,20 @@ class Loader:
             "that the paths start from? The first: " + job.replaced[0]
         )
 
-    def _picture(self, sample: int, path: str) -> Tensor:
+    def _picture(self, sample: int, path: str, out: Tensor) -> None:
+        """Fill `out` with a picture: a prepared one, or the file's."""
+        if self._shard and (raw := self._shard.get(path)) is not None:
+            normalise(raw, self._image, out)
+            return
         try:
-            return load(self._root / path, self._image, self._spec.aspect)
+            load(self._root / path, self._image, self._spec.aspect, fast=self._fast, out=out)
         except ImageError:
             # A user's own file may give paths from where it lies.
             source = self._mixture.sources[self._mixture.place(sample).source]
             beside = source.index.annotation.parent / path
             if (self._root / path).exists() or not beside.exists():
                 raise
-            return load(beside, self._image, self._spec.aspect)
+            load(beside, self._image, self._spec.aspect, fast=self._fast, out=out)
 
     def _substitute(self, job: _Job, attempt: int) -> tuple[int, Row]:
         """Another sample with as many pictures; which one, the seed and the broken sample decide."""

@@ -103,6 +103,29 @@ def test_sixteen_bits_are_scaled_not_saturated() -> None:
     assert colour(encoded(Image.new("1", (8, 8), 1))) == [255, 255, 255]
 
 
+@pytest.mark.parametrize("format", FORMATS.values(), ids=FORMATS)
+@pytest.mark.parametrize("aspect", ["square", "pad"])
+def test_the_fast_path_is_at_most_two_grey_levels_away(aspect: Any, format: ImageFormat) -> None:
+    for path in sorted((GOLDENS / "images").iterdir()):
+        exact, fast = (images.pixels(path, format, aspect, fast=fast).astype(int) for fast in (False, True))
+        assert exact.shape == fast.shape
+        assert np.abs(exact - fast).max() <= 2
+        assert ((exact - fast) ** 2).mean() < 255**2 / 10**6.9  # 69 dB
+        assert (exact != fast).mean() < 0.01
+        loaded = load(path, format, aspect, fast=True)
+        assert (loaded - load(path, format, aspect)).abs().max() < 2.01 / 255 / min(format.std)
+    thin = encoded(Image.new("RGB", (1, 90), (9, 99, 199)))
+    assert load(thin, format, aspect, fast=True).shape == (3, format.size, format.size)
+
+
+def test_a_given_tensor_is_filled() -> None:
+    out = torch.empty(2, 3, 224, 224)
+    path = GOLDENS / "images" / "gray_L_64x50.png"
+    got = load(path, FORMATS["clip224"], "pad", out=out[1])
+    assert got.data_ptr() == out[1].data_ptr()
+    assert torch.equal(out[1], load(path, FORMATS["clip224"], "pad"))
+
+
 def test_rotation_by_exif_is_not_applied() -> None:
     picture = Image.fromarray(
         np.repeat(np.array([[[255, 0, 0]] * 8, [[0, 0, 255]] * 8], np.uint8), 4, axis=0)
