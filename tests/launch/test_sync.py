@@ -12,7 +12,7 @@ import pytest
 from launch import online, segments, sync
 from launch.metrics import NoTracker
 from tests.launch import tracked
-from tests.launch.tracked import RUN, hurried, kill_mirror, log, start, state, steps, wait
+from tests.launch.tracked import RUN, hurried, is_online, kill_mirror, log, start, steps, wait
 from tests.wandb_server import Fault, Run, WandbServer
 
 server, folder = tracked.server, tracked.folder
@@ -141,7 +141,7 @@ def test_what_a_server_that_died_at_the_end_lacks_is_sent(
 ) -> None:
     tracker = start(folder)
     log(tracker, 1, 5)
-    wait(lambda: state(folder).get("mode") == "online")
+    wait(lambda: is_online(folder))
     server.down = True
     log(tracker, 6, 10)
     kill_mirror(tracker)

@@ -30,6 +30,7 @@ from tests.launch.tracked import (
     RUN,
     descendants,
     hurried,
+    is_online,
     kill_mirror,
     log,
     start,
@@ -280,7 +281,7 @@ def test_one_run_over_requeues_with_each_step_once(server: WandbServer, folder: 
 
     second = start(folder, attempt=2, start_step=10)
     log(second, 11, 30)
-    wait(lambda: state(folder, 2).get("mode") == "online")
+    wait(lambda: is_online(folder, 2))
     kill_mirror(second)
 
     third = start(folder, attempt=3, start_step=25)
@@ -369,7 +370,7 @@ def test_a_server_that_is_down_at_the_end_holds_up_only_for_a_while(
     hurried(monkeypatch, FINISH_SECONDS=2)
     tracker = start(folder)
     log(tracker, 1, 5)
-    wait(lambda: state(folder).get("mode") == "online")
+    wait(lambda: is_online(folder))
     server.down = True
     log(tracker, 6, 10)
     began = time.monotonic()
@@ -387,7 +388,7 @@ def test_a_mirror_that_dies_is_started_again(
 ) -> None:
     tracker = start(folder)
     log(tracker, 1, 10)
-    wait(lambda: state(folder).get("mode") == "online")
+    wait(lambda: is_online(folder))
     kill_mirror(tracker)
     assert isinstance(tracker, Trackers)
     tracker.members[1]._next_look = 0.0  # type: ignore[attr-defined]
@@ -400,7 +401,7 @@ def test_a_mirror_that_dies_is_started_again(
 def test_signals_of_the_cluster_leave_the_mirror_alone(server: WandbServer, folder: Path) -> None:
     tracker = start(folder)
     log(tracker, 1, 10)
-    wait(lambda: state(folder).get("mode") == "online")
+    wait(lambda: is_online(folder))
     for pid in descendants(state(folder)["pid"]):
         for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM):
             os.kill(pid, number)
@@ -417,7 +418,7 @@ def test_a_tag_on_the_page_reaches_the_trainer_once(
     monkeypatch.setattr(tracking, "LOOK_SECONDS", 0.0)
     tracker = start(folder)
     log(tracker, 1, 2)
-    wait(lambda: state(folder).get("mode") == "online" and "demo-align" in server.runs)
+    wait(lambda: is_online(folder) and "demo-align" in server.runs)
     assert tracker.asked() == frozenset()
     server.runs["demo-align"].tags += ["stop-after-save", "favourite"]
     step = iter(range(3, 10000))

@@ -75,6 +75,11 @@ def state(folder: Path, attempt: int = 1) -> dict[str, Any]:
         return {}
 
 
+def is_online(folder: Path, attempt: int = 1) -> bool:
+    found = state(folder, attempt)
+    return bool(found.get("mode") == "online" and found["segments"])
+
+
 def steps(path: Path) -> list[int]:
     return [json.loads(line)["step"] for line in path.read_text().splitlines()]
 
