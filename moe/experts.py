@@ -107,33 +107,55 @@ class OneByOne(torch.autograd.Function):
         up, gate, down, _, _ = weights
         grad_rows = torch.empty_like(rows) if ctx.needs_input_grad[0] else None
         found = [
-            torch.zeros_like(w) if w is not None and wanted else None
+            torch.empty_like(w) if w is not None and wanted else None
             for w, wanted in zip(weights, ctx.needs_input_grad[1:6], strict=True)
         ]
         grad_up, grad_gate, grad_down, grad_up_bias, grad_down_bias = found
+        for e, load in enumerate(ctx.load_e):
+            for grad in found if not load else ():
+                if grad is not None:
+                    grad[e].zero_()
+        last = -1
         for e, part in _parts(ctx.load_e, up.shape[1]):
             x, dy = rows[part], grads[0][part]
-            before = [t[part].detach().requires_grad_() for t in (inner, gated) if t is not None]
-            with torch.enable_grad():
-                hidden = ctx.activation(before[-1])
-                if gate is not None:
-                    hidden = hidden * before[0]
-            steps = torch.autograd.grad(hidden, before, dy @ down[e])
+            beside = gated[part] if gated is not None else None
+            hidden, *steps = _activated(ctx.activation, inner[part], beside, dy @ down[e])
             for grad, step, seen in (
-                (grad_down, dy, hidden.detach()),
+                (grad_down, dy, hidden),
                 (grad_up, steps[0], x),
                 (grad_gate, steps[-1], x),
             ):
-                if grad is not None:
+                if grad is not None and e != last:
+                    torch.mm(step.t(), seen, out=grad[e])
+                elif grad is not None:
                     grad[e].addmm_(step.t(), seen)
             for bias, step in ((grad_up_bias, steps[0]), (grad_down_bias, dy)):
                 if bias is not None:
-                    bias[e] += step.sum(0)
+                    bias[e] = step.sum(0) if e != last else bias[e] + step.sum(0)
+            last = e
             if grad_rows is not None:
                 torch.mm(steps[0], up[e], out=grad_rows[part])
                 if gate is not None:
                     grad_rows[part].addmm_(steps[1], gate[e])
         return (grad_rows, *found, None, None)
+
+
+def _activated(
+    activation: Callable[[Tensor], Tensor], inner: Tensor, gated: Tensor | None, grad: Tensor
+) -> tuple[Tensor, ...]:
+    """(what the activation gave, the gradients of `inner` and `gated`)."""
+    if gated is not None and (activation is F.silu):
+        # The exponential is what costs here: once, not once more for the slope.
+        sigmoid = gated.sigmoid()
+        silu = gated * sigmoid
+        slope = torch.addcmul(sigmoid, silu, 1 - sigmoid)
+        return silu * inner, grad * silu, slope.mul_(grad).mul_(inner)
+    before = [t.detach().requires_grad_() for t in (inner, gated) if t is not None]
+    with torch.enable_grad():
+        hidden = activation(before[-1])
+        if gated is not None:
+            hidden = hidden * before[0]
+    return hidden.detach(), *torch.autograd.grad(hidden, before, grad)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, e: int, out: Tensor) -> Tensor:
@@ -166,6 +188,8 @@ def dense_weights(dense: Any) -> tuple[dict[str, Tensor], Callable[[Tensor], Ten
     else:
         weights = {"gate": dense.gate_proj, "up": dense.up_proj, "down": dense.down_proj}
         activation = dense.act_fn
+        if type(activation).__name__ in ("SiLU", "SiLUActivation"):
+            activation = F.silu  # known by name below, for its slope
     found = {name: linear.weight for name, linear in weights.items()}
     found |= {f"{name}_bias": linear.bias for name, linear in weights.items() if linear.bias is not None}
     return found, activation

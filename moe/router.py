@@ -20,12 +20,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe.dispatch import Routing
-from moe.parallel import Groups
 from moe.spec import MoESpec
 
 
@@ -68,25 +66,14 @@ class Traffic:
         return [self.reports[layer] for layer in sorted(self.reports)]
 
 
-def balance(reports: list[Report], groups: Groups | None) -> list[Tensor]:
-    """Load-balancing losses: E * sum_e mean(probability of e) * fraction of first choices on e; 1 when even.
+def balance(report: Report) -> Tensor:
+    """The load-balancing loss: E * sum_e mean(probability of e) * share of first choices on e; 1 when even.
 
-    With groups, fractions and means are those of all ranks' tokens together, and this rank's loss is scaled
-    such that the mean over ranks is the loss of the whole batch: the same on any number of ranks.
+    Of one micro-batch on one rank, as in the reference: its mean over micro-batches then does not depend on
+    how many ranks share them.
     """
-    if groups is None or not reports:
-        return [
-            len(r.score_E) * (r.score_E * r.first_E).sum() / max(r.tokens, 1) ** 2  # both means
-            for r in reports
-        ]
-    # One exchange for all layers, outside what is recomputed.
-    mine = torch.cat([torch.cat([r.first_E, r.first_E.new_tensor([r.tokens])]) for r in reports])
-    dist.all_reduce(mine, group=groups.data_group)
-    losses = []
-    for report, both in zip(reports, torch.split(mine, [len(r.first_E) + 1 for r in reports]), strict=True):
-        first_E, tokens = both[:-1].float(), both[-1].clamp(min=1).float()
-        losses.append(groups.world * len(first_E) * (report.score_E / tokens * (first_E / tokens)).sum())
-    return losses
+    experts = len(report.score_E)
+    return experts * (report.score_E * report.first_E).sum() / max(report.tokens, 1) ** 2
 
 
 class Router(nn.Module):

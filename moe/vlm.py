@@ -175,8 +175,7 @@ class VLM(nn.Module):
         output = Output(hidden, spliced.mask, self.head, spliced.labels)
         if traffic is not None and self.moe is not None:
             reports = traffic.in_order()
-            whole = self.training and self.moe.rules == "default" and self.groups.world > 1
-            output.aux_losses = balance(reports, self.groups if whole else None)
+            output.aux_losses = [balance(report) for report in reports]
             if self.moe.rules == "moe_llava" and self.training and self.language.is_gradient_checkpointing:
                 # The reference loses this gradient to re-entrant checkpointing, which it always trains with.
                 output.aux_losses = [loss.detach() for loss in output.aux_losses]

@@ -283,7 +283,7 @@ def test_a_whole_layer_of_deepspeed(case: dict[str, Any]) -> None:
         layer.traffic = Traffic(None)
         y = layer(x)
         report = layer.traffic.in_order()[0]
-        l_aux = balance([report], None)[0]
+        l_aux = balance(report)
         assert report.counts_E.tolist() == case[mode]["exp_counts"]
         assert l_aux.item() == pytest.approx(case[mode]["l_aux"], abs=LOSSES)
         torch.testing.assert_close(y, tensors[f"{name}.{mode}.y"], rtol=1e-4, atol=1e-5)
