@@ -22,7 +22,7 @@ from launch.reasons import ENDS, VERDICTS, waiting
 from launch.record import RunFolder, read_json
 from launch.show import look
 from launch.spec import Duration
-from launch.status import State, label, state_of
+from launch.status import State, batch_of, job_of, label, state_of
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,9 @@ def sight(folder: RunFolder, state: State, queue: Mapping[str, cluster.Job] | No
     """Gather what is known of the run; one sacct at most."""
     journal = folder.journal
     elements = [str(record["attempt"]).rpartition("-")[0] for record in journal if record.get("attempt")]
-    elements += [state.job] if "_" in state.job else []
+    batch = batch_of(folder)
+    current = f"{job}_{batch[1]}" if batch and (job := job_of(batch[0], queue)) else ""
+    elements += [current] if current else []
     elements = [element for element in dict.fromkeys(elements) if element.partition("_")[0].isdigit()]
     past = [row for rows in cluster.past(elements).values() for row in rows] if elements else []
     spec = read_json(folder.spec_file) or {}
@@ -97,7 +99,7 @@ def sight(folder: RunFolder, state: State, queue: Mapping[str, cluster.Job] | No
     return Sight(
         journal=journal,
         state=state,
-        job=(queue or {}).get(state.job),
+        job=(queue or {}).get(current),
         past=past,
         parent=label(parent) if parent else "",
         parent_state=state_of(RunFolder(folder.path.__class__(parent)), queue) if parent else None,
@@ -185,6 +187,14 @@ def _ended(seen: Sight, record: Mapping[str, Any], saved: int, begun: float, at:
     return text
 
 
+def _end_of(seen: Sight, record: Mapping[str, Any]) -> str:
+    """How the attempt of a verdict ended."""
+    mine = [r for r in seen.journal if r.get("attempt") == record.get("attempt")]
+    begun = min((float(r.get("time", 0.0)) for r in mine if r["event"] in ("launched", "start")), default=0.0)
+    saved = max((int(r.get("step", 0)) for r in mine if r["event"] == "saved"), default=0)
+    return _ended(seen, record, saved, begun, float(record.get("time", 0.0)))
+
+
 def _preempted(seen: Sight, record: Mapping[str, Any], reason: str, begun: float, at: float) -> str:
     """What a "preempted" was: the walltime, a job of higher priority, a lost node or a user's request."""
     row = _execution(seen, str(record.get("attempt", "")), at)
@@ -254,7 +264,7 @@ def _running(seen: Sight, now: float) -> tuple[str, str, str]:
     state = seen.state
     begun = _newest(seen, "start", "launched", "submitting")
     before = _newest(seen, "verdict")
-    last = f"; the attempt before it {_ended(seen, before, 0, 0.0, float(before['time']))}" if before else ""
+    last = f"; the attempt before it {_end_of(seen, before)}" if before else ""
     if state.reason == "being cancelled":
         return "being cancelled", "it is being cancelled, and saves before it ends", ""
     if begun is None or begun["event"] == "submitting":
@@ -285,9 +295,7 @@ def _waits(seen: Sight, now: float) -> tuple[str, str, str]:
     text = row.text.format(reason=raw, parent=parent)
     verdict = _newest(seen, "verdict", "submitting")
     if verdict and verdict["event"] == "verdict":
-        text = f"it waits for its next attempt: {text}; the last one " + _ended(
-            seen, verdict, 0, 0.0, float(verdict["time"])
-        )
+        text = f"it waits for its next attempt: {text}; the last one {_end_of(seen, verdict)}"
         if row.cause == "begin time" and verdict.get("delay"):
             text += f", because of {verdict.get('verdict')}"
     if seen.job and seen.job.start > now and seen.state.name == "queued":
