@@ -155,7 +155,7 @@ class Checkpoints:
         return (
             f"{storage.folder_name(step)} was not saved under {self.folder}{free}: {'; '.join(reasons)}. "
             f"Earlier checkpoints are untouched: {newest}. If the disk or quota is full, make room or lower "
-            f"train.keep ({self.keep}; one more is on disk during a save), then submit again: the run goes on."
+            f"train.keep ({self.keep}; one more is on disk during a save), then submit again."
         )
 
     # --- finding and restoring ---

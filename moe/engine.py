@@ -2,9 +2,9 @@
 update.
 
 The loss of a step is the cross entropy summed over all its supervised tokens, on all ranks and
-micro-batches, over their number: what one process with one big batch would compute, however the tokens fall.
-DeepSpeed averages gradients over all ranks, experts' too (each rank's experts have seen the tokens of their
-whole expert group), so each rank scales its own sum by ranks / tokens.
+micro-batches, over their number: what one process with one big batch would compute, however the tokens
+fall. DeepSpeed averages gradients over all ranks, experts' too (each rank's experts have seen the tokens of
+their whole expert group), so each rank scales its own sum by ranks / tokens.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from moe import parallel
-from moe.fragments import Fragment, held, refresh
+from moe.fragments import MOMENTS, Fragment, held, masters, refresh
 from moe.optim import EXPERT_GROUP, is_expert, parameter_groups, rate
 from moe.parallel import Groups
 from moe.spec import MoESpec, TrainSpec
@@ -99,8 +99,8 @@ class Engine:
             )
         if spec.zero == 3 and groups.expert_parallel > 1:
             raise EngineError(
-                f"train.zero is 3, but moe.expert_parallel is {groups.expert_parallel}: ZeRO 3 would cut up "
-                "experts that are already spread over ranks. Set train.zero to 2, or moe.expert_parallel to 1."
+                f"train.zero is 3, but moe.expert_parallel is {groups.expert_parallel}: ZeRO 3 would cut "
+                "up experts that are already spread over ranks. Set train.zero to 2, or moe.expert_parallel to 1."
             )
         if isinstance(vlm, Recomputing):
             vlm.recompute(spec.recompute)
@@ -241,12 +241,16 @@ class Engine:
     def _start_deepspeed(self) -> Any:
         if self.device.type == "cpu":
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        os.environ.setdefault("LOCAL_RANK", "0")  # without a launcher; DeepSpeed insists
         import deepspeed
         from deepspeed.utils import groups as registry
 
         # Looking for extensions it could compile runs a compiler, and finds one that only inference uses.
         deepspeed.ops.__compatible_ops__ = {}
         deepspeed.utils.logger.setLevel(logging.ERROR)
+        if getattr(registry, "_made_for", None) is not dist.group.WORLD:
+            # It keeps a copy of the group of all ranks, also of one that has ended since.
+            registry._WORLD_GROUP, registry._made_for = None, dist.group.WORLD
         sharded = (
             [p for p in self.vlm.parameters() if is_expert(p)] if self.groups.expert_parallel > 1 else []
         )
@@ -266,7 +270,9 @@ class Engine:
                 model=self._objective, optimizer=self.adam, config=self._config()
             )
         # Its own calls, once a step on every rank.
-        warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)
+        warnings.filterwarnings(
+            "ignore", message=r"`torch.distributed.\w+_tensor` is deprecated", category=FutureWarning
+        )
         return engine
 
     def _config(self) -> dict[str, Any]:
@@ -301,14 +307,11 @@ class Engine:
 
     def _forget_empty_step(self) -> None:
         """Adam's state, made and zeroed here: DeepSpeed makes it late, or by a step that would count."""
-        for group in self.adam.param_groups:
-            for parameter in group["params"]:
-                state = self.adam.state[parameter]
-                step_device = parameter.device if parameter.device.type == "cuda" else "cpu"
-                state["step"] = torch.zeros((), dtype=torch.float32, device=step_device)
-                for key in ("exp_avg", "exp_avg_sq"):
-                    state[key] = torch.zeros_like(parameter, memory_format=torch.preserve_format).detach()
-                parameter.grad = None
+        for master in masters(self.deepspeed.optimizer, self.adam):
+            state = self.adam.state[master]
+            state["step"] = torch.zeros((), dtype=torch.float32, device=master.device)
+            for key in MOMENTS:
+                state[key] = torch.zeros_like(master).detach()
         self.deepspeed.optimizer.zero_grad()
 
 

@@ -7,6 +7,7 @@ forever.
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import os
 import pickle
@@ -27,7 +28,20 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def ranks(world: int, timeout: float = 120.0) -> Callable[..., list[Any]]:
+NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+def alone(test: Callable[..., None]) -> Callable[..., None]:
+    """A test in a process of its own, without a launcher: what it starts for one rank would not survive a fork."""
+
+    @functools.wraps(test)
+    def run(*args: Any, **kwargs: Any) -> None:
+        ranks(1, launcher=False)(test, *args, **kwargs)
+
+    return run
+
+
+def ranks(world: int, timeout: float = 120.0, *, launcher: bool = True) -> Callable[..., list[Any]]:
     """`ranks(2)(function, *args)` calls the function on 2 ranks and returns what each returned, by rank.
 
     Ranks are forked, so that any function will do, and see RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and
@@ -35,12 +49,19 @@ def ranks(world: int, timeout: float = 120.0) -> Callable[..., list[Any]]:
     or when they take longer than `timeout` seconds.
     """
 
-    def run(function: Callable[..., Any], *args: Any) -> list[Any]:
+    def run(function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
+        distributed = sys.modules.get("torch.distributed")
+        if distributed is not None and distributed.is_initialized():
+            raise RuntimeError(
+                "this process is a rank itself: gloo does not survive a fork. Run what started it in @alone"
+            )
         context = multiprocessing.get_context("fork")
         port = free_port()
         with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
             processes = [
-                context.Process(target=_rank, args=(function, args, rank, world, port, folder))
+                context.Process(
+                    target=_rank, args=(function, args, kwargs, rank, world, port if launcher else 0, folder)
+                )
                 for rank in range(world)
             ]
             for process in processes:
@@ -77,21 +98,25 @@ def _wait(processes: list[Any], timeout: float) -> str | None:
 
 
 def _rank(
-    function: Callable[..., Any], args: tuple[Any, ...], rank: int, world: int, port: int, folder: str
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    rank: int,
+    world: int,
+    port: int,
+    folder: str,
 ) -> None:
-    os.environ.update(
-        RANK=str(rank),
-        WORLD_SIZE=str(world),
-        LOCAL_RANK=str(rank),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-    )
+    for name in NAMES:
+        os.environ.pop(name, None)
+    if port:
+        values = (str(rank), str(world), str(rank), "127.0.0.1", str(port))
+        os.environ.update(zip(NAMES, values, strict=True))
     import torch
 
     torch.set_num_threads(1)
     place = Path(folder)
     try:
-        result = function(*args)
+        result = function(*args, **kwargs)
         (place / f"{rank}.result").write_bytes(pickle.dumps(result))
     except BaseException:
         text = f"rank {rank} of {world}:\n{traceback.format_exc()}"

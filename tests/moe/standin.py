@@ -125,7 +125,7 @@ class Model(nn.Module):
         x = self.embed(input_ids.flatten())
         x = x + self.projector(torch.tanh(self.tower(x.detach())))
         # Each word sees its neighbour to the left, so that there is something to learn.
-        x = x + 0.3 * x.roll(1, 0)
+        x = x + 0.3 * x.view(*shape, WIDTH).roll(1, 1).flatten(0, 1)
         aux, counts = [], []
         for layer in self.layers:
             x, loss, count = layer(x)
