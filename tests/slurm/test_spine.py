@@ -46,7 +46,9 @@ def cluster(private_slurm: Callable[..., PrivateSlurm]) -> PrivateSlurm:
 
 def submit(cluster: PrivateSlurm, runs: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     spec = ROOT / "experiments" / "demo" / "stage3_moe.yaml"
-    command = [sys.executable, ROOT / "launch" / "submit.py", spec, f"runs={runs}", *CHAIN, *arguments]
+    settings = {word.split("=")[0]: word for word in (*CHAIN, f"runs={runs}", *arguments) if "=" in word}
+    options = [word for word in arguments if "=" not in word]
+    command = [sys.executable, ROOT / "launch" / "submit.py", spec, *settings.values(), *options]
     return cluster.run(command, cwd=runs.parent, timeout=120)
 
 
