@@ -82,7 +82,9 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
-    options = parser().parse_args(arguments)
+    command = parser()
+    options, more = command.parse_known_args(arguments)
+    _take(command, options, more)
     try:
         return _run(options)
     except LookupError as error:
@@ -94,6 +96,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # `| head` closed it; Python would complain at its exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return OK
+
+
+def _take(command: argparse.ArgumentParser, options: argparse.Namespace, more: Sequence[str]) -> None:
+    """Words after an option belong to those before it; argparse itself stops at the option."""
+    words = getattr(options, "overrides", getattr(options, "run", None))
+    if more and (not isinstance(words, list) or any(word.startswith("-") for word in more)):
+        command.error(f"unrecognized arguments: {' '.join(more)}")
+    if more:
+        words += more  # type: ignore[operator]
 
 
 def _run(options: argparse.Namespace) -> int:
