@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import deepspeed  # noqa: F401  this and the next before ranks are forked: each would import 1,400 modules, 2 s
 import torch
+import torch._inductor.compile_fx
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from moe import backbones
+from moe import backbones, weights
 from moe.backbones import LANGUAGE, VISION, BackboneError, load_tokenizer, train_tokenizer
 from moe.spec import ModelSpec
 from moe.vlm import build, parts
@@ -35,9 +35,9 @@ SIZES = {
 @pytest.mark.parametrize("name", LANGUAGE)
 def test_a_row_has_the_published_models_size(name: str) -> None:
     row = LANGUAGE[name]
-    config = backbones.language_config(row.model_type, row.config)
+    config = weights.language_config(row.model_type, row.config)
     with torch.device("meta"):
-        language = backbones._causal(config, "sdpa", torch.float32)
+        language = weights._causal(config, "sdpa", torch.float32)
     total, ffn = SIZES[name]
     # transformers' phi has a bias on its head and the reference none: within a thousandth
     assert sum(p.numel() for p in language.parameters()) / 1e6 == pytest.approx(total, rel=1e-3)
@@ -151,7 +151,7 @@ def test_qwen1_weights_fill_the_native_class(tmp_path: Path, fused: str) -> None
     else:
         save_file(old, tmp_path / "model.safetensors")
     config = {**spec("qwen").config, "vocab_size": WORDS}
-    read = backbones.load_language(
+    read = weights.load_language(
         ModelSpec(backbone="qwen", weights=str(tmp_path), config=config),
         vocab_size=WORDS,
         seed=0,
@@ -191,10 +191,10 @@ def test_what_cannot_be_built_is_refused_in_words(
 
 
 def test_flash_attention_is_taken_only_where_it_can_run() -> None:
-    assert backbones.attention(ModelSpec(), torch.float32) == "sdpa"
-    assert backbones.attention(ModelSpec(attention="eager"), torch.float32) == "eager"
+    assert weights.attention(ModelSpec(), torch.float32) == "sdpa"
+    assert weights.attention(ModelSpec(attention="eager"), torch.float32) == "eager"
     with pytest.raises(BackboneError, match=r"model.attention is flash"):
-        backbones.attention(ModelSpec(attention="flash"), torch.float32)
+        weights.attention(ModelSpec(attention="flash"), torch.float32)
 
 
 TEXTS = ["A chat about a picture of a cat.", "USER: What is this? ASSISTANT: A cat."] * 20

@@ -15,7 +15,6 @@ import threading
 import time
 from pathlib import Path
 
-import deepspeed  # noqa: F401  imported before ranks are forked, so that each need not
 import numpy as np
 import pytest
 import torch

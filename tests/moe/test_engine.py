@@ -2,7 +2,6 @@
 
 import math
 
-import deepspeed  # noqa: F401  imported before ranks are forked, so that each need not
 import numpy as np
 import pytest
 import torch
