@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -64,7 +65,7 @@ def diff(chosen: Sequence[RunFolder], options: argparse.Namespace) -> int:
             found = list(with_run(one, second))
             other = name(second, options.runs)
     except SpecError as error:
-        print(error)
+        print(error, file=sys.stderr)
         return USAGE
     except LookupError as error:
         return complain(str(error.args[0]))

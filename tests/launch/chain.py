@@ -42,9 +42,9 @@ if mode == "refuse":
 script = pathlib.Path(sys.argv[-1]).read_text()
 comment = next(line.split("=", 1)[1] for line in script.splitlines() if line.startswith("#SBATCH --comment="))
 array = next(line.split("=", 1)[1] for line in script.splitlines() if line.startswith("#SBATCH --array="))
-first, _, last = array.partition("-")
+spans = [part.partition("-") for part in array.partition("%")[0].split(",")]
 with open(here / "queue", "a") as queue:
-    for index in range(int(first), int(last or first) + 1):
+    for index in (i for first, _, last in spans for i in range(int(first), int(last or first) + 1)):
         queue.write(f"{100 + count}_{index}|PENDING|Priority||{comment}\\n")
 if mode == "timeout":
     sys.exit("sbatch: error: Batch job submission failed: Socket timed out on send/recv operation")

