@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe import backbones
+from moe import weights
 from moe.parallel import Groups
 from moe.spec import ModelSpec, MoESpec
 from moe.upcycle import upcycle
 from moe.vlm import VLM, build
 
-_hub = backbones.hub_bases()
+_hub = weights.hub_bases()
 
 
 class MoEVLMConfig(_hub.Config):  # type: ignore[misc,name-defined]
@@ -65,7 +65,7 @@ class MoEVLM(_hub.Model):  # type: ignore[misc,name-defined]
             self._tied_weights_keys = {
                 "vlm.language.lm_head.weight": "vlm.language.model.embed_tokens.weight"
             }
-        with backbones.unfilled():  # transformers would draw new weights for the parts it knows
+        with weights.unfilled():  # transformers would draw new weights for the parts it knows
             self.post_init()
 
     def _init_weights(self, module: Any) -> None:

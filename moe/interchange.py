@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe import backbones
-from moe.backbones import LANGUAGE, VISION, tensors
+from moe import backbones, weights
+from moe.backbones import VISION
 from moe.parallel import Groups
 from moe.spec import ModelSpec, MoESpec
 from moe.upcycle import upcycle
 from moe.vlm import VLM, build
+from moe.weights import tensors
 
 
 class InterchangeError(ValueError):
@@ -225,7 +226,7 @@ def _names(key: str, tensor: Tensor, row: str) -> Iterator[tuple[str, int | None
                 tensor,
             )
             return
-    rename = backbones.qwen1_names if row == "qwen" else backbones.native_names
+    rename = weights.qwen1_names if row == "qwen" else weights.native_names
     for name, part in rename(key, tensor):
         # PR-MoE calls the dense FFN beside its experts mlp, inside the mlp it replaces.
         yield f"language.{name.replace('.mlp.mlp.', '.mlp.residual.')}", None, part
@@ -265,7 +266,7 @@ def _fill(vlm: VLM, folder: Path, row: str, *, projector_only: bool, tower_weigh
                 tower=vlm.spec.tower, tower_weights=tower_weights, tower_config=vlm.spec.tower_config
             )
             dtype = next(vlm.tower.parameters()).dtype
-            vlm.tower = backbones.load_tower(spec, seed=0, dtype=dtype)
+            vlm.tower = weights.load_tower(spec, seed=0, dtype=dtype)
     missing = [
         name
         for name, target in wanted.items()
@@ -368,14 +369,3 @@ def export_hf(source: VLM | Path | str, folder: Path | str, tokenizer: Any = Non
     wrap(vlm, asdict(blueprint(vlm)), asdict(vlm.moe) if vlm.moe else None).save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-
-
-__all__ = [
-    "LANGUAGE",
-    "InterchangeError",
-    "blueprint",
-    "export_hf",
-    "load_moe_llava",
-    "open_checkpoint",
-    "run_spec",
-]

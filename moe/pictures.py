@@ -41,7 +41,7 @@ def shares(
         spliced = vlm.splice(input_ids, attention_mask, None, pixel_values)
         traffic = Traffic.of(spliced.mask, vlm.moe, keep_choices=True)
         assert traffic is not None
-        vlm.decode(spliced.embeds, traffic, attention_mask=spliced.mask)
+        vlm.decode(spliced, traffic)
     finally:
         vlm.train(training)
     image = spliced.image.reshape(-1)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from moe import backbones
+from moe import backbones, weights
 from moe.parallel import Groups
 from moe.router import Traffic, balance
 from moe.spec import ModelSpec, MoESpec
@@ -40,6 +40,9 @@ class Spliced:
     mask: Tensor  # [B, S] bool: a real position
     image: Tensor  # [B, S] bool: an image's
     labels: Tensor | None  # [B, S] int64
+    segments: Tensor | None = (
+        None  # [B, S] int64, of packed sequences: the sample a position is of, 0 padding
+    )
 
 
 @dataclass
@@ -110,6 +113,7 @@ class VLM(nn.Module):
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
         pixel_values: Tensor | None = None,
+        segments: Tensor | None = None,
     ) -> Spliced:
         """Put the images' features where -200 stands, drop masked positions, pad on the right.
 
@@ -159,7 +163,12 @@ class VLM(nn.Module):
             spliced_labels = torch.full(blank.shape[:2], IGNORE, dtype=labels.dtype, device=labels.device)
             spliced_labels[text_rows, text_at] = labels[text_BS]
         mask = torch.arange(longest, device=blank.device) < length_B[:, None]
-        return Spliced(embeds, mask, image, spliced_labels)
+        spliced_segments = None
+        if segments is not None:
+            spliced_segments = segments.new_zeros(blank.shape[:2])
+            spliced_segments[text_rows, text_at] = segments[text_BS]
+            spliced_segments[image_rows, image_at] = segments[place_BS][:, None].expand(-1, patches)
+        return Spliced(embeds, mask, image, spliced_labels, spliced_segments)
 
     def forward(
         self,
@@ -167,11 +176,15 @@ class VLM(nn.Module):
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
         pixel_values: Tensor | None = None,
+        segments: Tensor | None = None,
     ) -> Output:
-        """Batch as in `data.loader`: [B, S] ids with -200 for an image, bool mask, labels, [N, 3, H, W]."""
-        spliced = self.splice(input_ids, attention_mask, labels, pixel_values)
+        """Batch as in `data.loader`: [B, S] ids with -200 for an image, bool mask, labels, [N, 3, H, W].
+
+        `segments` [B, S]: which of a row's packed samples a token is of, from 1; samples do not see each other.
+        """
+        spliced = self.splice(input_ids, attention_mask, labels, pixel_values, segments)
         traffic = Traffic.of(spliced.mask, self.moe)
-        hidden = self.decode(spliced.embeds, traffic, attention_mask=spliced.mask)
+        hidden = self.decode(spliced, traffic)
         output = Output(hidden, spliced.mask, self.head, spliced.labels)
         if traffic is not None and self.moe is not None:
             reports = traffic.in_order()
@@ -192,20 +205,51 @@ class VLM(nn.Module):
                 output.loss = output.loss + output.router_loss
         return output
 
-    def decode(
-        self, embeds: Tensor, traffic: Traffic | None, *, attention_mask: Tensor, **cache: Any
-    ) -> Tensor:
-        """The language model without its head, [B, S, D] -> [B, S, D]; `cache`: transformers' arguments."""
-        # Right-padded and without a cache no mask is needed: see the module's head.
-        plain = not cache and (self.moe is None or self.moe.rules == "default")
-        if traffic is not None:
-            cache["traffic"] = traffic
-        hidden: Tensor = self.language.model(
-            inputs_embeds=embeds,
-            attention_mask=None if plain else attention_mask.long(),
-            **{"use_cache": False, **cache},
-        ).last_hidden_state
-        return hidden
+    def decode(self, spliced: Spliced, traffic: Traffic | None) -> Tensor:
+        """The language model without its head and without a cache: [B, S, D]."""
+        extra: dict[str, Any] = {} if traffic is None else {"traffic": traffic}
+        embeds = spliced.embeds
+        if spliced.segments is not None:
+            extra |= self._apart(spliced.segments)
+            if "cu_seq_lens_q" in extra:
+                embeds = embeds.flatten(0, 1)[None]  # all rows as one, cut at the samples' ends
+        elif self.moe is not None and self.moe.rules == "moe_llava":
+            extra["attention_mask"] = spliced.mask.long()
+        # Else right-padded, and no mask is needed: see the module's head.
+        hidden: Tensor = self.language.model(inputs_embeds=embeds, use_cache=False, **extra).last_hidden_state
+        return hidden.view_as(spliced.embeds)
+
+    def _apart(self, segments: Tensor) -> dict[str, Any]:
+        """What keeps samples packed into rows apart: each sees itself alone and counts from 0.
+
+        A mask, or for flash-attn, which takes none, the samples' ends in all rows laid end to end.
+        """
+        step = torch.arange(segments.shape[1], device=segments.device)
+        if self.language.config._attn_implementation.startswith("flash"):
+            begins = torch.ones_like(segments, dtype=torch.bool)
+            begins[:, 1:] = segments[:, 1:] != segments[:, :-1]
+            starts = begins.flatten().nonzero()[:, 0]
+            ends = torch.cat([starts[1:], starts.new_tensor([segments.numel()])])
+            sizes = ends - starts
+            position = torch.arange(segments.numel(), device=step.device) - starts.repeat_interleave(sizes)
+            both = torch.cat([starts, ends[-1:]]).to(torch.int32)
+            longest = int(sizes.max())
+            return {
+                "position_ids": position[None],
+                **{"cu_seq_lens_q": both, "cu_seq_lens_k": both},
+                **{"max_length_q": longest, "max_length_k": longest},
+            }
+        same = segments[:, :, None] == segments[:, None, :]
+        seen = same & (step[:, None] >= step)
+        window = getattr(self.language.config, "sliding_window", None)
+        if window is not None:
+            seen &= step[:, None] - step < window
+        first = torch.where(same, step, segments.shape[1]).amin(-1)
+        mask = seen[:, None]
+        if self.language.config._attn_implementation == "eager":  # adds its mask instead of choosing by it
+            dtype = self.language.get_input_embeddings().weight.dtype
+            mask = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+        return {"attention_mask": mask, "position_ids": step - first}
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits of any number of positions."""
@@ -245,8 +289,8 @@ def build(spec: ModelSpec, *, vocab_size: int, seed: int, dtype: torch.dtype, fi
     Without `filled` no weight is drawn or read. Raises backbones.BackboneError, in words, for weights that
     cannot be had.
     """
-    language = backbones.load_language(spec, vocab_size=vocab_size, seed=seed, dtype=dtype, filled=filled)
-    tower = backbones.load_tower(spec, seed=seed + 1, dtype=dtype, filled=filled)
+    language = weights.load_language(spec, vocab_size=vocab_size, seed=seed, dtype=dtype, filled=filled)
+    tower = weights.load_tower(spec, seed=seed + 1, dtype=dtype, filled=filled)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed + 2)
         between = projector(spec.projector, tower.config.hidden_size, language.config.hidden_size).to(dtype)
