@@ -62,7 +62,7 @@ def evaluate(
     kinds: dict[str, Counter[str]] = {}
     for q in questions:
         kinds.setdefault(q.dataset, Counter())[normal(q.answer)] += 1
-    result = {
+    result: dict[str, Any] = {
         "questions": len(questions),
         "accuracy": sum(right) / len(questions),
         "majority": truth.most_common(1)[0][1] / len(questions),

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import TCPStore
 
 from launch.job import Place
 from launch.record import read_json, write_json
@@ -32,7 +33,7 @@ def meet(place: Place, folder: Path, *, device: str, seconds: float = 600) -> No
     waited = timedelta(seconds=seconds)
     if place.rank == 0:
         host = "127.0.0.1" if place.node == "localhost" else place.node
-        store = dist.TCPStore(host, 0, place.world, is_master=True, timeout=waited, wait_for_workers=False)
+        store = TCPStore(host, 0, place.world, is_master=True, timeout=waited, wait_for_workers=False)
         write_json(file, {"host": host, "port": store.port})
     else:
         start = time.monotonic()
@@ -42,7 +43,7 @@ def meet(place: Place, folder: Path, *, device: str, seconds: float = 600) -> No
             time.sleep(0.1)
             if place.rank % 16 == 0:
                 os.scandir(folder).close()  # makes an NFS client look again
-        store = dist.TCPStore(facts["host"], facts["port"], place.world, is_master=False, timeout=waited)
+        store = TCPStore(facts["host"], facts["port"], place.world, is_master=False, timeout=waited)
     os.environ.update(RANK=str(place.rank), LOCAL_RANK=str(place.local_rank), WORLD_SIZE=str(place.world))
     backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
     try:

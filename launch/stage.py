@@ -83,9 +83,6 @@ def run_stage(folder: RunFolder, place: Place, warned: Callable[[], bool]) -> st
     parent = _parent(record, stage.after, groups)
     tokenizer = _tokenizer(spec, folder, parent, groups)
 
-    vision = backbones.vision(spec.model)
-    dtype = torch.bfloat16 if spec.train.precision == "bf16" else torch.float32
-    model = vlm.build(spec.model, vocab_size=len(tokenizer), seed=spec.seed, dtype=dtype)
     checkpoints = Checkpoints(folder.checkpoints, groups, spec.train.keep)
     resumed = checkpoints.latest()
     if resumed is None and folder.last("saved"):
@@ -93,12 +90,9 @@ def run_stage(folder: RunFolder, place: Place, warned: Callable[[], bool]) -> st
             f"{folder.path} has history, and no checkpoint in it can be read; the run does not start again at step 0 "
             "by itself: put a checkpoint back, or remove the folder to train it anew"
         )
-    if parent and resumed is None:
-        path = handoff.check(parent[0], parent[1], digests=groups.rank == 0)
-        load_weights(path, model, Groups.single() if not stage.sparse else groups)
-    if stage.sparse:
-        upcycle(model, spec.moe, groups, spec.seed)
+    model = _model(spec, len(tokenizer), None if resumed else parent, groups)
     counts = vlm.train_only(model, stage.trains)
+    vision = backbones.vision(spec.model)
     image = ImageFormat(vision.size, vision.mean, vision.std, vision.resize)
     loader = Loader(
         spec.data,
@@ -161,15 +155,9 @@ def run_stage(folder: RunFolder, place: Place, warned: Callable[[], bool]) -> st
             folder.note("evaluating", attempt=place.attempt)
         if spec.data.held_out:
             evaluate(folder, model, tokenizer, spec, image, groups, tracker)
-        final = checkpoints.latest()
-        if final is None:
-            raise StageError(f"{folder.checkpoints} has lost the checkpoint of the last step")
-        if journal:
-            journal.guard()
-            left = handoff.publish(folder, final.path, parent=parent[1] if parent else None)
-            tracker.publish_handoff(left)
+        _hand_over(folder, checkpoints, parent, tracker, journal)
     groups.barrier()
-    ended = "finished" if outcome is Outcome.FINISHED else "preempted"
+    ended = outcome.value
     if groups.rank == 0:
         # Before W&B is waited for: the time after a warning is short, and what is saved is saved.
         folder.note("ended", attempt=place.attempt, outcome=ended, reason=getattr(warned, "warned", ""))
@@ -214,6 +202,36 @@ def _tokenizer(
     if faults := tokenizer_faults(tokenizer, spec.data.template):
         raise StageError("the tokenizer does not suit the template: " + "; ".join(faults))
     return tokenizer
+
+
+def _model(
+    spec: ExperimentSpec, vocabulary: int, parent: tuple[RunFolder, dict[str, Any]] | None, groups: Groups
+) -> vlm.VLM:
+    """The stage's model: the backbone, with the parent's weights over it, and its FFNs made sparse."""
+    dtype = torch.bfloat16 if spec.train.precision == "bf16" else torch.float32
+    model = vlm.build(spec.model, vocab_size=vocabulary, seed=spec.seed, dtype=dtype)
+    if parent:
+        path = handoff.check(parent[0], parent[1], digests=groups.rank == 0)
+        load_weights(path, model, Groups.single())  # what stages start from is dense, the same on every rank
+    if STAGES[spec.stage].sparse:
+        upcycle(model, spec.moe, groups, spec.seed)
+    return model
+
+
+def _hand_over(
+    folder: RunFolder,
+    checkpoints: Checkpoints,
+    parent: tuple[RunFolder, dict[str, Any]] | None,
+    tracker: tracking.NoTracker,
+    journal: Journal | None,
+) -> None:
+    """Leave the handoff of a finished stage; all ranks read its checkpoint once more before anyone starts from it."""
+    final = checkpoints.latest()
+    if final is None:
+        raise StageError(f"{folder.checkpoints} has lost the checkpoint of the last step")
+    if journal:
+        journal.guard()
+        tracker.publish_handoff(handoff.publish(folder, final.path, parent=parent[1] if parent else None))
 
 
 def _tracker(
