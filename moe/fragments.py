@@ -46,9 +46,10 @@ def held(model: nn.Module, optimizer: Any, adam: torch.optim.Optimizer, groups: 
     pieces: list[Fragment] = []
     for parameter, master, moments, start, replicated in _trained(model, optimizer, adam):
         whole = _place(names[id(parameter)], MASTER, parameter, groups)
-        whole = replace(whole, start=whole.start + start)
+        base = 0 if hasattr(parameter, "ds_tensor") else whole.start
+        whole = replace(whole, start=base + start, tensor=master)
         whole = whole if replicated else replace(whole, replica=0, replicas=1)
-        pieces.append(replace(whole, tensor=master))
+        pieces.append(whole)
         pieces += [
             replace(whole, kind=kind, tensor=moment) for kind, moment in zip(MOMENTS, moments, strict=True)
         ]
@@ -112,10 +113,26 @@ def refresh(optimizer: Any, adam: torch.optim.Optimizer) -> None:
             dist.all_gather_into_tensor(
                 optimizer.bit16_groups_flat[group].data, mine.data.clone(), group=ranks
             )
+    elif hasattr(optimizer, "fp32_partitioned_groups_flat"):  # ZeRO 3
+        for group in range(len(optimizer.fp32_partitioned_groups_flat)):
+            optimizer._reassign_or_swap_out_partitioned_parameters(group)
+        whole = [p for p in optimizer.module.parameters() if p.ds_status.name == "AVAILABLE"]
+        for parameter in whole:
+            parameter.partition(
+                has_been_updated=False
+            )  # drop what was gathered before the parts were written
+        if whole:
+            whole[0].all_gather(whole)
     elif hasattr(optimizer, "fp32_groups"):  # bf16 without ZeRO
         for low, high in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
             for weight, master in zip(low, high, strict=True):
                 weight.data.copy_(master.data)
+
+
+def masters(optimizer: Any, adam: torch.optim.Optimizer) -> list[Tensor]:
+    """The tensors Adam updates here."""
+    cut: list[Tensor] | None = getattr(optimizer, "fp32_partitioned_groups_flat", None)  # ZeRO 3
+    return cut if cut is not None else [tensor for group in adam.param_groups for tensor in group["params"]]
 
 
 Trained = tuple[nn.Parameter, Tensor, list[Tensor], int, bool]
@@ -126,6 +143,15 @@ def _trained(model: nn.Module, optimizer: Any, adam: torch.optim.Optimizer) -> I
     replicated.
     """
     flat_groups = getattr(optimizer, "bit16_groups", None) or getattr(optimizer, "bf16_groups", None)
+    if hasattr(optimizer, "fp32_partitioned_groups_flat"):  # ZeRO 3: each parameter cut evenly over all ranks
+        for parameter in (p for p in model.parameters() if p.requires_grad):
+            group, first, _ = optimizer.grad_position[optimizer.get_param_id(parameter)]
+            flat = optimizer.fp32_partitioned_groups_flat[group]
+            start, count = _part(parameter)
+            cut = slice(first, first + count)
+            moments = [adam.state[flat][kind][cut] for kind in MOMENTS]
+            yield parameter, flat.detach()[cut], moments, start, False
+        return
     if flat_groups is not None:  # ZeRO 1 and 2: one flat fp32 tensor a group, cut evenly over its ranks
         for group, parameters in enumerate(flat_groups):
             flat = adam.param_groups[group]["params"][0]
@@ -149,8 +175,17 @@ def _trained(model: nn.Module, optimizer: Any, adam: torch.optim.Optimizer) -> I
                 yield parameter, parameter.detach().view(-1), moments, 0, True
 
 
+def _part(parameter: Any) -> tuple[int, int]:
+    """ZeRO 3: where this rank's part of a flattened parameter begins, and its length without padding."""
+    start = dist.get_rank(parameter.ds_process_group) * parameter.partition_numel()
+    return start, max(0, min(parameter.partition_numel(), parameter.ds_numel - start))
+
+
 def _place(name: str, kind: str, tensor: Tensor, groups: Groups) -> Fragment:
     """A whole local tensor as a part of the one that all experts' ranks make up."""
+    if hasattr(tensor, "ds_tensor"):  # ZeRO 3
+        start, count = _part(tensor)
+        return Fragment(name, kind, tuple(tensor.ds_shape), start, tensor.ds_tensor.detach().view(-1)[:count])
     flat = tensor.detach().view(-1)
     if groups.expert_parallel > 1 and isinstance(tensor, nn.Parameter) and is_expert(tensor):
         rest = tuple(tensor.shape[1:])
