@@ -6,6 +6,7 @@ the next attempt opens the file, so a reader finds each step exactly once, in or
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -81,13 +82,13 @@ class JsonlTracker(NoTracker):
     def publish(self, checkpoint: Any) -> None:
         """Make the rows up to this checkpoint as durable as the checkpoint is."""
         self._write()
-        os.fsync(self._file)
+        self._make_durable()
 
     def finish(self, outcome: str) -> None:
         if self._file < 0:
             return
         self._write()
-        os.fsync(self._file)
+        self._make_durable()
         os.close(self._file)
         self._file = -1
 
@@ -99,13 +100,23 @@ class JsonlTracker(NoTracker):
             if written < len(self._waiting):
                 raise OSError("only a part of the row could be written")
         except OSError as error:
-            os.ftruncate(self._file, self._size)
-            if not self._complained:
-                self._complained = True
-                print(f"{self.path}: {error}; rows wait in memory until there is room", file=sys.stderr)
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._file, self._size)
+            self._complain(f"{error}; rows wait in memory until there is room")
             return
         self._size += written
         self._waiting = b""
+
+    def _make_durable(self) -> None:
+        try:
+            os.fsync(self._file)
+        except OSError as error:
+            self._complain(f"{error}; the newest rows may not survive a crash of this node")
+
+    def _complain(self, text: str) -> None:
+        if not self._complained:
+            self._complained = True
+            print(f"{self.path}: {text}", file=sys.stderr)
 
 
 def rows(path: Path, after: int = 0) -> Iterator[dict[str, Any]]:

@@ -264,7 +264,9 @@ def test_no_secret_reaches_the_server_or_its_files(
 def test_the_mirror_gets_no_other_process_s_service(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("WANDB_SERVICE", "3-1-unix-/tmp/gone.sock")
     monkeypatch.setenv("WANDB_API_KEY", "k")
+    monkeypatch.setenv("HF_TOKEN", "hf_QRSTUVWXYZabcdefghij")
     found = tracking.environment(tmp_path)
+    assert "HF_TOKEN" not in found
     assert "WANDB_SERVICE" not in found
     assert found["WANDB_API_KEY"] == "k"
 
@@ -282,6 +284,7 @@ def test_one_run_over_requeues_with_each_step_once(server: WandbServer, folder: 
     second = start(folder, attempt=2, start_step=10)
     log(second, 11, 30)
     wait(lambda: is_online(folder, 2))
+    assert ", after step 12\n" in (folder / "wandb" / "mirror_2.log").read_text()
     kill_mirror(second)
 
     third = start(folder, attempt=3, start_step=25)
