@@ -431,6 +431,14 @@ HISTORIES = [
         todo="resubmit",
     ),
     History(
+        "preempted where the site cancels, before its ranks were up",
+        "preempted",
+        ("the site cancels such jobs",),
+        [asked(90)],
+        ("PREEMPTED", "None", "n1"),
+        todo="resubmit",
+    ),
+    History(
         "killed for its node's memory, seen in the queue",
         "out of memory",
         ("more memory than its node gave",),
