@@ -7,6 +7,7 @@ pictures are scaled to 8 bits instead of saturated, and a picture one to three p
 from __future__ import annotations
 
 import io
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -83,7 +84,7 @@ def pixels(
     """The scaled picture before normalisation, uint8 [size, size, 3]."""
     picture = read(path)
     if fast:
-        return _fast(np.asarray(picture), format, aspect)
+        return _fast(picture, format, aspect)
     if aspect == "pad":
         picture = _padded(picture, format.background)
     if format.resize == "squash":
@@ -93,24 +94,37 @@ def pixels(
     return np.array(picture)  # a copy: Pillow's own buffer is read-only
 
 
-def _fast(picture: np.ndarray, format: ImageFormat, aspect: Aspect) -> np.ndarray:
+_scratch = threading.local()  # each thread's canvas: fresh megabytes cost as much as scaling them
+
+
+def _canvas(height: int, width: int) -> np.ndarray:
+    """uint8 [height, width, 3] of what was there before."""
+    need = height * width * 3
+    if getattr(_scratch, "buffer", None) is None or len(_scratch.buffer) < need:
+        _scratch.buffer = np.empty(need, np.uint8)
+    return _scratch.buffer[:need].reshape(height, width, 3)  # type: ignore[no-any-return]
+
+
+def _fast(picture: Image.Image, format: ImageFormat, aspect: Aspect) -> np.ndarray:
     """As `pixels`, with torch's antialiased bicubic kernel on bytes."""
-    height, width = picture.shape[:2]
-    size, side = format.size, max(height, width)
-    if aspect == "pad" and height != width:
-        square = np.empty((side, side, 3), np.uint8)
-        top, left = (side - height) // 2, (side - width) // 2
-        square[:top] = square[top + height :] = format.background
-        square[:, :left] = square[:, left + width :] = format.background
-        square[top : top + height, left : left + width] = picture
-        picture, height, width = square, side, side
+    width, height = picture.size
+    size, side, short = format.size, max(height, width), min(height, width)
     new = (size, size)
-    if format.resize == "crop" and height != width:
-        long = int(size * side / min(height, width))
-        if side > LONGEST * min(height, width):
-            return np.array(_cropped(Image.fromarray(picture), size))
-        new = (size, long) if width > height else (long, size)
-    planes = torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None]
+    if aspect == "pad" and height != width:
+        canvas = _canvas(side, side)
+        top, left = (side - height) // 2, (side - width) // 2
+        canvas[:top] = canvas[top + height :] = format.background
+        canvas[:, :left] = canvas[:, left + width :] = format.background
+        canvas[top : top + height, left : left + width] = picture
+    else:
+        if format.resize == "crop" and height != width:
+            if side > LONGEST * short:
+                return np.array(_cropped(picture, size))
+            long = int(size * side / short)
+            new = (size, long) if width > height else (long, size)
+        canvas = _canvas(height, width)
+        canvas[:] = picture
+    planes = torch.from_numpy(canvas).permute(2, 0, 1)[None]
     scaled = F.interpolate(planes, new, mode="bicubic", antialias=True)[0].permute(1, 2, 0).numpy()
     top, left = (new[0] - size) // 2, (new[1] - size) // 2
     return scaled[top : top + size, left : left + size]
@@ -148,6 +162,9 @@ def _rgb(picture: Image.Image) -> Image.Image:
         return Image.fromarray(values.clip(0, 255).astype(np.uint8)).convert("RGB")
     if picture.mode == "P" and "transparency" in picture.info:
         picture = picture.convert("RGBA")  # the same colours; Pillow warns of the direct way
+    if picture.mode == "RGB":
+        picture.load()  # convert would copy it
+        return picture
     return picture.convert("RGB")
 
 

@@ -344,7 +344,7 @@ def _spans(encoded: Encoded) -> list[int]:
 def _map(path: Path, kind: np.dtype) -> np.ndarray:
     if path.stat().st_size == 0:
         return np.empty(0, dtype=kind)
-    return np.memmap(path, dtype=kind, mode="r")
+    return np.asarray(np.memmap(path, dtype=kind, mode="r"))  # a plain view: memmap's own indexing is slow
 
 
 def _write(path: Path, text: str) -> None:

@@ -7,6 +7,7 @@ no sample is lost and none comes twice, and all other steps keep the order that 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -43,27 +44,26 @@ class Mixture:
         self.sources = list(sources)
         self._records: list[np.ndarray] = []
         lengths: list[np.ndarray] = []
-        words: list[np.ndarray] = []
         self.too_long: list[np.ndarray] = []  # of each source: records whose first answer does not fit at all
         self.overlong = 0  # samples that are cut
         for source in self.sources:
             columns = source.index.columns
-            images = np.asarray(columns["images"], dtype=np.int64)
-            total = columns["tokens"] + images * (patches - 1)
-            before = columns["head"] + columns["head_images"].astype(np.int64) * (patches - 1)
+            images = columns["images"].astype(np.int32)
+            total = columns["tokens"] + images * np.int32(patches - 1)
+            before = columns["head"] + columns["head_images"].astype(np.int32) * np.int32(patches - 1)
             sound = images >= 0
             fits = before < longest
             self.too_long.append(np.flatnonzero(sound & ~fits))
-            chosen = np.flatnonzero(sound & fits).astype(np.int32)
+            fits &= sound
+            chosen = np.flatnonzero(fits).astype(np.int32)
             self._records.append(chosen)
-            self.overlong += int((total[chosen] > longest).sum())
-            lengths.append(np.minimum(total[chosen], longest).astype(np.int32))
-            words.append(np.where(images[chosen] > 0, 1, -1) * np.maximum(columns["words"][chosen], 1))
+            total = total if len(chosen) == len(total) else total[chosen]
+            self.overlong += int((total > longest).sum())
+            lengths.append(np.minimum(total, longest))
         self.starts = np.concatenate([[0], np.cumsum([len(records) for records in self._records])])
         self.lengths = (
             np.concatenate(lengths) if lengths else np.empty(0, np.int32)
         )  # tokens, patches included
-        self.words = np.concatenate(words).astype(np.int32) if words else np.empty(0, np.int32)
         self.draws = [
             max(1, round(source.weight * len(records))) if len(records) else 0
             for source, records in zip(self.sources, self._records, strict=True)
@@ -73,6 +73,16 @@ class Mixture:
     def samples(self) -> int:
         """Samples of an epoch."""
         return sum(self.draws)
+
+    @functools.cached_property
+    def words(self) -> np.ndarray:
+        """Each sample's words, negative when it is text only: the length of the reference's sampler."""
+        parts = [np.empty(0, np.int32)]
+        for source, records in zip(self.sources, self._records, strict=True):
+            columns = source.index.columns
+            signs = np.where(columns["images"][records] > 0, 1, -1).astype(np.int32)
+            parts.append(signs * np.maximum(columns["words"][records], 1))
+        return np.concatenate(parts)
 
     def place(self, sample: int) -> Place:
         """Where a sample is."""

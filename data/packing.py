@@ -16,6 +16,7 @@ from torch import Tensor
 from data.mixture import Mixture, permutation
 
 WINDOW = 16_384  # samples packed together
+FIRST = 1024  # samples of an epoch's first window, so that the first batch comes at once
 SLACK = 16  # slots that a closing pair may leave empty
 
 
@@ -133,7 +134,7 @@ class PackedStream:
 
     @property
     def _windows(self) -> int:
-        return -(-self._mixture.samples // WINDOW)
+        return 1 + max(0, -(-(self._mixture.samples - FIRST) // WINDOW))
 
     def _window(self, epoch: int, window: int) -> list[list[int]]:
         if self._packed[0] == (epoch, window):
@@ -141,7 +142,8 @@ class PackedStream:
         if self._order[0] != epoch:
             members = self._mixture.members(epoch, self._seed)
             self._order = (epoch, members[permutation(len(members), self._seed, 7, epoch)])
-        samples = self._order[1][window * WINDOW : (window + 1) * WINDOW]
+        start = FIRST + (window - 1) * WINDOW if window else 0
+        samples = self._order[1][start : FIRST + window * WINDOW]
         bins = pack(self._mixture.lengths[samples].tolist(), self._capacity)
         mixed = permutation(len(bins), self._seed, 8, epoch, window)
         self._packed = ((epoch, window), [samples[bins[at]].tolist() for at in mixed])

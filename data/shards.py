@@ -33,28 +33,28 @@ class Shard:
     """Prepared pictures, by their paths under the root."""
 
     def __init__(self, place: Path, root: Path) -> None:
-        self._root = root
+        self._folder = str(root)
         size = json.loads((place / "meta.json").read_text())["size"]
-        self._entries = np.load(place / "entries.npy", mmap_mode="r")
-        self._pixels = np.memmap(place / "pixels.u8", np.uint8, "r").reshape(-1, 3, size, size)
+        entries = np.asarray(np.load(place / "entries.npy", mmap_mode="r"))
+        self._keys, self._bytes, self._times, self._slots = (entries[name] for name in _ENTRY.names or ())
+        self._pixels = np.asarray(np.memmap(place / "pixels.u8", np.uint8, "r")).reshape(-1, 3, size, size)
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self._keys)
 
     def get(self, path: str) -> np.ndarray | None:
         """A picture, uint8 [3, size, size]; None when it is not there, or its file is another one by now."""
         key = _key(path)
-        at = int(np.searchsorted(self._entries["key"], key))
-        if at == len(self._entries) or self._entries["key"][at] != key:
+        at = int(self._keys.searchsorted(np.uint64(key)))
+        if at == len(self._keys) or self._keys[at] != key:
             return None
         try:
-            facts = os.stat(self._root / path)
+            facts = os.stat(f"{self._folder}/{path}")
         except OSError:
             return None
-        entry = self._entries[at]
-        if (facts.st_size, facts.st_mtime_ns) != (entry["bytes"], entry["time"]):
+        if facts.st_size != self._bytes[at] or facts.st_mtime_ns != self._times[at]:
             return None
-        picture: np.ndarray = self._pixels[entry["slot"]]
+        picture: np.ndarray = self._pixels[self._slots[at]]
         return picture
 
 
