@@ -2,8 +2,8 @@
 
 `python data/demo.py FOLDER [--seed 0] [--scale 1]`. Folders, annotation schema, file names and prefixes of
 image paths are those of the LanguageBind/MoE-LLaVA data set, so that the demo takes the path real data take.
-A scene is one to three outlined shapes. Held-out scenes are drawn first and kept out of all other files;
-colors, shapes, places and numbers are drawn evenly; no conversation tells the answer to what it asks later.
+A scene is one to three outlined shapes of one or two looks. Held-out scenes are drawn first and kept out of all
+other files; colors, shapes, places and numbers are drawn evenly; no conversation tells what it asks later.
 """
 
 from __future__ import annotations
@@ -56,7 +56,12 @@ OUTLINES: dict[str, tuple[tuple[int, int], ...]] = {  # corners, in thirds of th
     ),
 }
 SHAPES = tuple(OUTLINES)
-PLACES = {"top": (1, 0), "left": (0, 1), "center": (1, 1), "right": (2, 1), "bottom": (1, 2)}  # in thirds
+PLURALS = {"circle": "circles", "square": "squares", "triangle": "triangles", "cross": "crosses"}
+PLACES = {  # column and row, in thirds
+    f"{row} {column}".strip() or "center": (x, y)
+    for y, row in enumerate(("top", "", "bottom"))
+    for x, column in enumerate(("left", "", "right"))
+}
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 OPPOSITES = (("top", "bottom"), ("left", "right"), ("yes", "no"), ("up", "down"))
 KINDS = ("color", "shape", "place", "count", "exists")
@@ -77,10 +82,13 @@ PHOTOS = {
     "page.png": "printed text",
     "rocket.jpg": "a rocket",
 }
+DESCRIBE = "Describe the picture."
 # The aligning stage discards what the human says; the tokenizer, which is trained on its texts, does not.
 ASKS = (
     "Render a clear and concise summary of the photo.",
     "What color is the shape?",
+    "What color are the circles, the squares, the triangles and the crosses?",
+    DESCRIBE,
     "What shape is at the center?",
     "Where is the shape?",
     "How many shapes are there?",
@@ -95,18 +103,25 @@ class DemoError(Exception):
 
 @dataclass(frozen=True)
 class Scene:
-    """What is drawn. No place, shape or color is there twice, so that a question can name an item by each."""
+    """What is drawn, by place. Items differ in both shape and color or in neither, so that each names a look."""
 
     items: tuple[Item, ...]
 
     def caption(self) -> str:
         return " and ".join(f"a {color} {shape} at the {place}" for place, shape, color in self.items)
 
+    def alone(self) -> list[Item]:
+        """The items whose look no other one has."""
+        return [item for item in self.items if sum(other[1:] == item[1:] for other in self.items) == 1]
+
     def ask(self, kind: str, item: Item, rng: random.Random) -> Turn:
-        """A question of one kind about one item, and its answer."""
+        """A question of one kind about one item, and its answer; a place is asked of an item that is alone."""
         place, shape, color = item
         if kind == "color":
-            return f"What color is the {shape}?", color
+            return (
+                f"What color {f'is the {shape}' if item in self.alone() else f'are the {PLURALS[shape]}'}?",
+                color,
+            )
         if kind == "shape":
             return f"What shape is {color}?", shape
         if kind == "place":
@@ -119,15 +134,15 @@ class Scene:
             color = rng.choice([name for name in COLORS if all(name != other for _, _, other in self.items)])
         return f"Is there a {rng.choice((shape, f'{color} shape'))}?", "yes" if there else "no"
 
-    def conversation(self, rng: random.Random, turns: int) -> list[Turn]:
+    def conversation(self, rng: random.Random) -> list[Turn]:
         """Questions of which no earlier one tells the answer: what is there and how many come first."""
-        first = [kind for kind in ("count", "exists") if rng.random() < 0.5]
+        first = [(kind, rng.choice(self.items)) for kind in ("count", "exists") if rng.random() < 0.5]
+        looks = {item[1:]: item for item in self.items}
+        rest = [("place", item) for item in self.alone()]
+        rest += [(rng.choice(("color", "shape")), item) for item in looks.values()]
         rng.shuffle(first)
-        facts = [("place", item) for item in self.items]
-        facts += [(rng.choice(("color", "shape")), item) for item in self.items]
-        rng.shuffle(facts)
-        asked = [(kind, rng.choice(self.items)) for kind in first] + facts
-        return [self.ask(kind, item, rng) for kind, item in asked[:turns]]
+        rng.shuffle(rest)
+        return [self.ask(kind, item, rng) for kind, item in first + rest]
 
     def draw(self, rng: random.Random) -> Image.Image:
         """The picture; chance moves each shape by a pixel, sizes it, and chooses the paper."""
@@ -144,11 +159,16 @@ class Scene:
         return picture
 
 
-def sample_scene(rng: random.Random, counts: tuple[int, ...] = (1, 2, 3)) -> Scene:
-    """As many items as one of `counts`; places, shapes and colors evenly, in the order of the places."""
-    count = rng.choice(counts)
+def sample_scene(rng: random.Random) -> Scene:
+    """One to three items, evenly, of one look or, a third of the time, of two; in the order of the places."""
+    count = rng.randint(1, 3)
     places = sorted(rng.sample(tuple(PLACES), count), key=tuple(PLACES).index)
-    return Scene(tuple(zip(places, rng.sample(SHAPES, count), rng.sample(tuple(COLORS), count), strict=True)))
+    looks = list(zip(rng.sample(SHAPES, 2), rng.sample(tuple(COLORS), 2), strict=True))
+    if count == 1 or rng.random() < 0.5:
+        looks = looks[:1]
+    worn = looks + [rng.choice(looks) for _ in range(count - len(looks))]
+    rng.shuffle(worn)
+    return Scene(tuple((place, *look) for place, look in zip(places, worn, strict=True)))
 
 
 def text_turns(rng: random.Random, turns: int) -> list[Turn]:
@@ -181,9 +201,9 @@ class Studio:
     photos: dict[str, Image.Image] = field(default_factory=dict)
     made: int = 0
 
-    def scene(self, counts: tuple[int, ...] = (1, 2, 3)) -> Scene:
-        """A scene that is not kept out; of one item there are only 120, so ask for few of those."""
-        while (scene := sample_scene(self.rng, counts)) in self.kept_out:
+    def scene(self) -> Scene:
+        """A scene that is not kept out."""
+        while (scene := sample_scene(self.rng)) in self.kept_out:
             pass
         return scene
 
@@ -205,13 +225,21 @@ class Studio:
         place = {"image": image} if image else {}
         return {"id": f"{self.made:09d}", **place, "conversations": conversation}
 
-    def drawn(self, path: str, turns: int, kinds: tuple[str, ...] = ()) -> Record:
-        """A scene and questions about it; `kinds` asks one question of one of these kinds instead."""
+    def drawn(self, path: str, kinds: tuple[str, ...] = ()) -> Record:
+        """A scene and a conversation about it; or one question of one of `kinds`."""
         scene = self.scene()
-        asked = scene.conversation(self.rng, turns)
-        if kinds:
-            asked = [scene.ask(self.rng.choice(kinds), self.rng.choice(scene.items), self.rng)]
-        return self.record(asked, self.save(scene.draw(self.rng), path))
+        if not kinds:
+            turns = scene.conversation(self.rng)
+        else:
+            kind = self.rng.choice(kinds)
+            while kind == "place" and not scene.alone():
+                scene = self.scene()
+            turns = [scene.ask(kind, self.rng.choice(scene.alone() or scene.items), self.rng)]
+        return self.record(turns, self.save(scene.draw(self.rng), path))
+
+    def described(self, path: str) -> Record:
+        scene = self.scene()
+        return self.record([(DESCRIBE, scene.caption())], self.save(scene.draw(self.rng), path))
 
     def photo(self, path: str, caption: bool = False) -> Record:
         """A crop of at least four fifths of a photo's sides, so that it still shows what the photo shows."""
@@ -249,13 +277,14 @@ def build(folder: Path, seed: int, scale: float) -> dict[str, int]:
     def times(count: int) -> range:
         return range(max(1, round(count * scale)))
 
-    held_out, asked = [], []
+    asked = []
     for number in times(300):
-        scene = studio.scene((1, 2, 2, 3, 3))
+        kind, scene = KINDS[number % len(KINDS)], studio.scene()
+        while kind == "place" and not scene.alone():
+            scene = studio.scene()
         studio.kept_out.add(scene)
-        turn = scene.ask(KINDS[number % len(KINDS)], rng.choice(scene.items), rng)
+        turn = scene.ask(kind, rng.choice(scene.alone() or scene.items), rng)
         asked.append(studio.record([turn], studio.save(scene.draw(rng), "held_out/{n}.png")))
-        held_out.append(scene.caption())
     rows["held_out.json"] = studio.write("held_out.json", asked)
 
     captions = []
@@ -266,25 +295,27 @@ def build(folder: Path, seed: int, scale: float) -> dict[str, int]:
     captions += [studio.photo("llava_image/{m}/{n}.jpg", caption=True) for _ in times(240)]
     rows["llava_image_.json"] = studio.write("llava_image_.json", captions)
 
-    la = [studio.drawn("mimicit_tune/LA/LA_IMG_{n}.png", 1, KINDS) for _ in times(300)]
-    la += [studio.photo("mimicit_tune/LA/LA_IMG_{n}.png") for _ in times(60)]
+    la = [studio.drawn("mimicit_tune/LA/LA_IMG_{n}.png", KINDS) for _ in times(300)]
+    la += [studio.photo("mimicit_tune/LA/LA_IMG_{n}.png") for _ in times(50)]
     rows["la_tune_256k.json"] = studio.write("la_tune_256k.json", la)
-    lrv = [studio.drawn("lrv_tune/lrv-vg/{n}.jpg", 1, ("exists",)) for _ in times(300)]
-    lrv += [studio.photo("lrv_tune/lrv-vg/{n}.jpg") for _ in times(60)]
+    lrv = [studio.drawn("lrv_tune/lrv-vg/{n}.jpg", ("exists",)) for _ in times(300)]
+    lrv += [studio.photo("lrv_tune/lrv-vg/{n}.jpg") for _ in times(50)]
     rows["lrv_tune_331k.json"] = studio.write("lrv_tune_331k.json", lrv)
-    lvis = [studio.drawn("lvis_tune/coco/train2017/{n}.jpg", 6) for _ in times(1200)]
-    lvis += [studio.photo("lvis_tune/coco/train2017/{n}.jpg") for _ in times(60)]
+    lvis = [studio.drawn("lvis_tune/coco/train2017/{n}.jpg") for _ in times(2000)]
+    lvis += [studio.photo("lvis_tune/coco/train2017/{n}.jpg") for _ in times(50)]
     rows["lvis_tune_220k_.json"] = studio.write("lvis_tune_220k_.json", lvis)
-    svit = [studio.drawn("svit_tune/VG_100K/{n}.jpg", 6) for _ in times(1200)]
-    svit += [studio.photo("svit_tune/VG_100K/{n}.jpg") for _ in times(60)]
+    svit = [studio.described("svit_tune/VG_100K/{n}.jpg") for _ in times(1000)]
+    svit += [studio.drawn("svit_tune/VG_100K/{n}.jpg") for _ in times(1000)]
+    svit += [studio.photo("svit_tune/VG_100K/{n}.jpg") for _ in times(50)]
     rows["svit_tune_157k.json"] = studio.write("svit_tune_157k.json", svit)
-    nlp = [studio.record(text_turns(rng, rng.randint(1, 4))) for _ in times(400)]
+    nlp = [studio.record(text_turns(rng, rng.randint(1, 4))) for _ in times(300)]
     rows["nlp_tune.json"] = studio.write("nlp_tune.json", nlp)
 
-    tune = [studio.drawn("llava_image_tune/gqa/images/{n}.jpg", 6) for _ in times(1000)]
-    tune += [studio.drawn("llava_image_tune/vg/VG_100K/{n}.jpg", 6) for _ in times(600)]
-    tune += [studio.drawn("llava_image_tune/vg/VG_100K_2/{n}.jpg", 6) for _ in times(400)]
-    tune += [studio.photo("llava_image_tune/coco/train2017/{n}.jpg") for _ in times(200)]
+    tune = [studio.drawn("llava_image_tune/gqa/images/{n}.jpg") for _ in times(1200)]
+    tune += [studio.drawn("llava_image_tune/vg/VG_100K/{n}.jpg") for _ in times(600)]
+    tune += [studio.drawn("llava_image_tune/vg/VG_100K_2/{n}.jpg") for _ in times(600)]
+    tune += [studio.described("llava_image_tune/coco/train2017/{n}.jpg") for _ in times(600)]
+    tune += [studio.photo("llava_image_tune/coco/train2017/{n}.jpg") for _ in times(100)]
     rows["llava_image_tune_.json"] = studio.write("llava_image_tune_.json", tune)
     return rows
 
