@@ -114,7 +114,7 @@ class Weigh(torch.autograd.Function):
         weight_N[row_TK] = weight_TK
         each_N = weight_TK.new_zeros(len(rows_ND) + 1)
         torch.linalg.vecdot(grad_ND.float(), rows_ND.float(), out=each_N[:-1])
-        return (grad_ND * weight_N[:-1, None]).to(rows_ND.dtype), each_N[row_TK], None, None
+        return grad_ND.mul_(weight_N[:-1, None]), each_N[row_TK], None, None
 
 
 class Exchange(torch.autograd.Function):

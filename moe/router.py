@@ -36,7 +36,7 @@ class Report:
     counts_E: Tensor  # int64, choices counted by the rules, before any is dropped
     dropped: Tensor  # int64, choices lost to capacity
     tokens: int
-    z: Tensor  # fp32, mean squared logsumexp of the logits (ST-MoE, eq. 5)
+    z: Tensor  # fp32, mean squared logsumexp of the logits (ST-MoE, eq. 5); 0 where it is not asked for
     expert_TK: Tensor | None = None  # kept only when the pass asked for it
 
 
@@ -144,7 +144,7 @@ def route(
         counts_E=first_E if spec.rules == "moe_llava" else load_E,
         dropped=dropped,
         tokens=tokens,
-        z=logits_TE.logsumexp(-1).square().sum() / max(tokens, 1),
+        z=logits_TE.logsumexp(-1).square().sum() / max(tokens, 1) if spec.z_loss else logits_TE.new_zeros(()),
         expert_TK=expert_TK,
     )
     return Routing(expert_TK, slot_TK, weight_TK, experts, limit, load_E), report

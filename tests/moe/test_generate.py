@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -169,6 +171,30 @@ def test_the_command_answers_a_question(
         assert generate.main([str(checkpoint), *images, *options, "What is this?"]) == 0
     assert (tmp_path / "routing.png").stat().st_size > 1000
     assert capsys.readouterr().err == ""
+
+
+def test_the_file_runs_as_a_command_from_anywhere(checkpoint: Path, tmp_path: Path) -> None:
+    script = Path(generate.__file__)
+    asked = [str(checkpoint), "--max-new-tokens", "2", "What is this?"]
+    done = subprocess.run(
+        [sys.executable, str(script), *asked], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("\n")
+
+
+def test_a_checkpoint_is_exported_with_its_tokenizer(checkpoint: Path, tmp_path: Path) -> None:
+    import transformers
+
+    from moe.interchange import export_hf, open_checkpoint
+
+    export_hf(checkpoint, tmp_path / "hub")
+    read = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hub").eval()
+    words = transformers.AutoTokenizer.from_pretrained(tmp_path / "hub")
+    vlm, tokenizer = open_checkpoint(checkpoint)
+    given = batch([9, 6], [1, 0])
+    torch.testing.assert_close(read(**given).logits, vlm(**given).logits)
+    assert words("What is this?").input_ids == tokenizer("What is this?").input_ids
 
 
 def test_the_command_holds_a_conversation(

@@ -135,7 +135,7 @@ def test_every_queue_is_full_without_gaps(
 
 def test_an_even_router_has_a_balance_of_one_and_z_is_the_squared_logsumexp() -> None:
     logits = torch.eye(4).repeat(5, 1)
-    _, report = route(logits, MoESpec(), 0)
+    _, report = route(logits, MoESpec(z_loss=0.1), 0)
     assert balance(report).item() == pytest.approx(1.0)
     assert report.z.item() == pytest.approx(logits.logsumexp(-1).square().mean().item())
 
