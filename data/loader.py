@@ -23,7 +23,7 @@ from torch import Tensor
 
 from data.catalog import CatalogError, annotation_path, resolve
 from data.collate import collate, cut, joined, segments, spliced
-from data.conversation import tokenizer_faults
+from data.conversation import TEMPLATES, tokenizer_faults
 from data.images import ImageError, ImageFormat, load, normalise
 from data.index import Row, fingerprint, open_index, pictures
 from data.mixture import Mixture, Source, Stream
@@ -315,13 +315,19 @@ class Loader:
 
 
 def texts(spec: DataSpec) -> Iterator[str]:
-    """Each turn's text of a mix, in the order of the files: what a tokenizer is trained on."""
+    """What a tokenizer is trained on: each turn of a mix, in the order of the files, then the templates' own words.
+
+    The tokenizer goes from stage to stage; without the words that later stages put around every turn, it would
+    spell them out, and more than half of each sequence would be those letters.
+    """
     for annotation in _annotations(spec, _root(spec)):
         for record in stream(annotation[1]):
             if isinstance(record.value, dict):
                 for turn in record.value.get("conversations") or []:
                     if isinstance(turn, dict) and isinstance(turn.get("value"), str):
                         yield turn["value"]
+    for template in TEMPLATES.values():
+        yield f"{template.system} {template.user}: {template.assistant}:"
 
 
 def held_out(spec: DataSpec) -> list[Question]:

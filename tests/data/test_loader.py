@@ -375,11 +375,13 @@ def test_closing_stops_what_is_loaded_ahead(root: Path) -> None:
     got.close()
 
 
-def test_texts_are_all_turns(root: Path) -> None:
+def test_texts_are_all_turns_and_the_templates_words(root: Path) -> None:
     write(
         root, "odd.json", [record("<image>\nA?", "b", image="x.png"), "not a record", {"conversations": None}]
     )
-    assert list(texts(spec(root, mix={"odd.json": 1.0}))) == ["<image>\nA?", "b"]
+    first, second, *rest = texts(spec(root, mix={"odd.json": 1.0}))
+    assert (first, second) == ("<image>\nA?", "b")
+    assert any(text.startswith("A chat between") and text.endswith("USER: ASSISTANT:") for text in rest)
 
 
 def test_held_out_questions(root: Path) -> None:
