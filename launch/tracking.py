@@ -184,18 +184,17 @@ class WandbTracker(NoTracker):
         self._next_look = float("inf")
         if process is None:
             return
-        try:
+        with contextlib.suppress(OSError):  # it has ended already: seen below
             assert process.stdin is not None
             process.stdin.write(f"{outcome}\n".encode())
             process.stdin.close()
-            process.stdin = None
-            process.wait(PATIENCE_SECONDS.get(outcome, LONGEST_PATIENCE_SECONDS))
+        try:
+            if process.wait(PATIENCE_SECONDS.get(outcome, LONGEST_PATIENCE_SECONDS)):
+                self._say("its process failed; the next attempt or `runs.py sync` sends the rest")
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
             self._say("took too long to take the last rows; the next attempt or `runs.py sync` sends them")
-        except OSError as error:
-            self._say(f"its process ended early ({error}); the next attempt or `runs.py sync` sends the rest")
         _hang_up(process)
 
     def _start(self) -> None:

@@ -554,6 +554,17 @@ def test_a_tracker_that_cannot_start_says_so_and_training_goes_on(
     assert "W&B: FileNotFoundError" in capsys.readouterr().err
 
 
+def test_a_mirror_that_fails_is_reported_at_the_end(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(WandbTracker, "command", (sys.executable, "-c", "raise SystemExit(3)"))
+    tracker = start(folder)
+    log(tracker, 1, 3)
+    tracker.finish("finished")
+    assert "W&B: its process failed" in capsys.readouterr().err
+    assert steps(folder / "metrics.jsonl") == [1, 2, 3]
+
+
 def test_names_fit_and_stay_apart() -> None:
     assert tracking.safe("demo/lr=1e-3,k=2", 64) == "demo-lr-1e-3-k-2"
     long = [tracking.safe("x" * 70 + end, 64) for end in "ab"]
