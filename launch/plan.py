@@ -87,7 +87,7 @@ class Run:
     @property
     def id(self) -> str:
         """The run's name for W&B and SLURM: at most 64 characters, the same for ever."""
-        readable = re.sub(r"[^A-Za-z0-9_.=-]+", "-", self.name.removesuffix("/run"))
+        readable = re.sub(r"[^A-Za-z0-9_.-]+", "-", self.name.removesuffix("/run"))
         return f"{readable[:55]}-{self.identity[:8]}"
 
     def record(self, code: str) -> dict[str, Any]:

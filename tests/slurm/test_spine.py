@@ -188,6 +188,7 @@ def test_with_a_grace_and_the_user_signal_the_verdict_requeues_once(
     cluster.wait(lambda: cluster.job("1_0").restarts == 1, 60)
     cluster.wait_state(urgent, "COMPLETED", timeout=90)
     cluster.wait(lambda: finished(cluster, runs, "demo/stage1_align/run"), 200, nudge=True, every=1)
+    cluster.wait_state("1_0", "COMPLETED", timeout=60)  # its last word comes after the handoff
     assert cluster.job("1_0").restarts == 1
     verdicts = [(r["verdict"], r["reason"]) for r in folder.journal if r["event"] == "verdict"]
     assert verdicts == [("preempted", "SIGUSR2"), ("finished", "")]
