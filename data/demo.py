@@ -284,7 +284,8 @@ def build(folder: Path, seed: int, scale: float) -> dict[str, int]:
             scene = studio.scene()
         studio.kept_out.add(scene)
         turn = scene.ask(kind, rng.choice(scene.alone() or scene.items), rng)
-        asked.append(studio.record([turn], studio.save(scene.draw(rng), "held_out/{n}.png")))
+        record = studio.record([turn], studio.save(scene.draw(rng), "held_out/{n}.png"))
+        asked.append({**record, "dataset": kind})  # so that the report tells the kinds apart
     rows["held_out.json"] = studio.write("held_out.json", asked)
 
     captions = []
