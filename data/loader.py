@@ -9,48 +9,33 @@ from __future__ import annotations
 
 import itertools
 import logging
-import os
 from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from data.catalog import CatalogError, annotation_path, resolve
 from data.collate import collate, cut, joined, segments, spliced
-from data.conversation import TEMPLATES, tokenizer_faults
+from data.conversation import tokenizer_faults
 from data.images import ImageError, ImageFormat, load, normalise
-from data.index import Row, fingerprint, open_index, pictures
-from data.mixture import Mixture, Source, Stream
+from data.index import Row
+from data.mixture import Mixture, Stream
 from data.packing import PackedStream
-from data.records import RecordError, stream
 from data.shards import open_shard
+from data.sources import DataError, Question, held_out, root_of, sources_of, texts
 from data.spec import DataSpec
+
+__all__ = ["DataError", "Loader", "Question", "held_out", "texts"]
 
 AHEAD = 2  # steps that are loaded while one trains
 TRIES = 64  # substitutes tried for a sample that cannot be read
 TOLD = 20  # faults written out in an error
 
 log = logging.getLogger(__name__)
-
-
-class DataError(ValueError):
-    """Data that a run cannot train on; the message says what, where and what to do."""
-
-
-@dataclass(frozen=True)
-class Question:
-    """A held-out question: turns up to the one to answer, and the answer that is expected."""
-
-    image_paths: tuple[Path, ...]
-    conversations: list[dict[str, str]]
-    answer: str
-    dataset: str
 
 
 @dataclass
@@ -112,9 +97,9 @@ class Loader:
         self._earlier = 0  # replaced before this attempt
         self._tokens = self._slots = 0
         self._fast = fast  # see data.images.load
-        self._root = _root(spec)
+        self._root = root_of(spec)
         self._shard = open_shard(self._root, image, spec.aspect)
-        self._mixture = Mixture(_sources(spec, self._root, tokenizer), patches, spec.max_length)
+        self._mixture = Mixture(sources_of(spec, self._root, tokenizer), patches, spec.max_length)
         self._dropped = self._faults()
         if len(self._dropped) > spec.bad_samples:
             raise DataError(self._over(self._dropped))
@@ -312,72 +297,3 @@ class Loader:
             f"{self._spec.bad_samples}:\n  " + "\n  ".join(faults[:TOLD]) + more + "\n"
             "`python data/prepare.py check` lists them all and --fix writes files without them"
         )
-
-
-def texts(spec: DataSpec) -> Iterator[str]:
-    """What a tokenizer is trained on: each turn of a mix, in the order of the files, then the templates' own words.
-
-    The tokenizer goes from stage to stage; without the words that later stages put around every turn, it would
-    spell them out, and more than half of each sequence would be those letters.
-    """
-    for annotation in _annotations(spec, _root(spec)):
-        for record in stream(annotation[1]):
-            if isinstance(record.value, dict):
-                for turn in record.value.get("conversations") or []:
-                    if isinstance(turn, dict) and isinstance(turn.get("value"), str):
-                        yield turn["value"]
-    for template in TEMPLATES.values():
-        yield f"{template.system} {template.user}: {template.assistant}:"
-
-
-def held_out(spec: DataSpec) -> list[Question]:
-    """The held-out questions: of each record all turns before its last answer."""
-    root = _root(spec)
-    try:
-        path = annotation_path(root, spec.held_out)
-        questions = []
-        for record in stream(path):
-            turns = record.value.get("conversations", [])
-            last = max((at for at, turn in enumerate(turns) if turn["from"] == "gpt"), default=0)
-            if not last:
-                raise DataError(
-                    f"{path}, record {record.number}: a held-out record needs a question and an answer"
-                )
-            images = tuple(root / image for image in pictures(record.value))
-            dataset = str(record.value.get("dataset", path.stem))
-            questions.append(Question(images, turns[:last], turns[last]["value"], dataset))
-    except (CatalogError, RecordError) as error:
-        raise DataError(str(error)) from None
-    return questions
-
-
-def _root(spec: DataSpec) -> Path:
-    root = os.path.expanduser(os.path.expandvars(spec.root))
-    if "$" in root:
-        raise DataError(
-            f"data.root is {spec.root}, and that variable is not set here: export it, or name a folder"
-        )
-    if not Path(root).is_dir():
-        raise DataError(f"data.root: there is no folder {root} on this machine")
-    return Path(root)
-
-
-def _annotations(spec: DataSpec, root: Path) -> list[tuple[str, Path, float]]:
-    try:
-        return [
-            (dataset.name, annotation_path(root, dataset.annotation), weight)
-            for dataset, weight in resolve(spec.mix)
-        ]
-    except CatalogError as error:
-        raise DataError(str(error)) from None
-
-
-def _sources(spec: DataSpec, root: Path, tokenizer: Any) -> list[Source]:
-    key = fingerprint(tokenizer, spec.template)
-    sources = []
-    for name, path, weight in _annotations(spec, root):
-        try:
-            sources.append(Source(name, open_index(path, tokenizer, spec.template, key=key), weight))
-        except (RecordError, OSError) as error:
-            raise DataError(str(error)) from None
-    return sources

@@ -65,7 +65,7 @@ def test_annotations_are_found_where_the_archives_put_them(tmp_path: Path) -> No
 
 def test_a_login_node_can_read_the_catalog() -> None:
     code = (
-        "import sys; import data.catalog, data.spec;"
+        "import sys; import data.catalog, data.conversation, data.findings, data.spec;"
         "print([m for m in ('torch', 'numpy', 'PIL', 'yaml') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

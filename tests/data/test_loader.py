@@ -403,5 +403,8 @@ def test_held_out_questions(root: Path) -> None:
         DataError, match=r"asked.json, record 0: a held-out record needs a question and an answer"
     ):
         held_out(spec(root, held_out="asked.json"))
+    write(root, "asked.json", ["A?"])
+    with pytest.raises(DataError, match=r"asked.json, record 0: the record is a str, not an object"):
+        held_out(spec(root, held_out="asked.json"))
     with pytest.raises(DataError, match=r"there is no none.json"):
         held_out(spec(root, held_out="none.json"))

@@ -1,0 +1,159 @@
+"""Conversation templates: how turns become one text, and which characters of it are learnt."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+IMAGE = "<image>"
+VIDEO = "<video>"
+MOST_IMAGES = 16  # adjacent placeholders at the head of a turn that the reference keeps
+FRAMES = 8  # placeholders that a video becomes
+
+Conversation = Sequence[Mapping[str, str]]
+Span = tuple[int, int]
+
+_SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+_ROLES = {"human": "user", "gpt": "assistant"}
+
+
+class ConversationError(ValueError):
+    """A conversation that cannot be trained on; the message says why in words."""
+
+
+@dataclass(frozen=True)
+class Template:
+    """How turns become text: `end` closes each answer; chat takes the tokenizer's own template instead."""
+
+    style: Literal["rounds", "plain", "chat"] = "rounds"
+    system: str = _SYSTEM
+    user: str = "USER"
+    assistant: str = "ASSISTANT"
+    separator: str = " "
+    end: str = "</s>"
+
+
+# Texts and separators: MoE-LLaVA, moellava/conversation.py; checkpoints depend on each character of them.
+TEMPLATES: dict[str, Template] = {
+    "plain": Template(style="plain", system="", end="\n"),
+    "phi": Template(end="<|endoftext|>"),
+    "qwen": Template(end="<|endoftext|>"),
+    "stablelm": Template(end="<|endoftext|>"),
+    "openchat": Template(end="<|end_of_turn|>"),
+    "mistral": Template(),
+    "minicpm": Template(),
+    "v1": Template(),
+    "vicuna": Template(),
+    "vicuna_v1": Template(),
+    "llava_v1": Template(system=_SYSTEM.replace("user", "human")),
+    "chat": Template(style="chat", end=""),
+}
+
+
+def named(name: str) -> Template:
+    """The template of that name; ConversationError says which there are."""
+    if name not in TEMPLATES:
+        raise ConversationError(f"no template is called {name!r}; there are {', '.join(TEMPLATES)}")
+    return TEMPLATES[name]
+
+
+def render(
+    conversations: Conversation, tokenizer: Any, template: Template, has_image: bool, ask: bool = False
+) -> tuple[str, list[Span]]:
+    """The text and the character spans to learn; with `ask`, up to where the assistant speaks."""
+    if not conversations:
+        raise ConversationError("the conversation is empty")
+    turns = [_turn(turn, number, has_image) for number, turn in enumerate(conversations, 1)]
+    if template.style == "plain":
+        return _plain(turns, ask)
+    if template.style == "chat":
+        return _chat(turns, tokenizer, ask)
+    return _rounds(turns, template, ask)
+
+
+def _turn(turn: Mapping[str, str], number: int, has_image: bool) -> tuple[str, str]:
+    role, text = turn.get("from"), turn.get("value")
+    if role is None or not isinstance(text, str):
+        raise ConversationError(f"turn {number} needs 'from' and a text in 'value'")
+    if has_image and text.startswith(IMAGE) and (count := text.count(IMAGE)) > MOST_IMAGES:
+        text = text.replace(IMAGE * count, IMAGE * MOST_IMAGES)
+    if has_image and VIDEO in text:
+        if text.count(VIDEO) > 1:
+            raise ConversationError(f"turn {number} has more than one {VIDEO}")
+        text = text.replace(VIDEO, IMAGE * FRAMES)
+    return role, text
+
+
+def _plain(turns: list[tuple[str, str]], ask: bool) -> tuple[str, list[Span]]:
+    """Image, caption, line break: the roles are not looked at, the question's words are dropped."""
+    if len(turns) != (1 if ask else 2):
+        raise ConversationError(
+            f"template plain takes one question and one caption, here are {len(turns)} turns"
+        )
+    if IMAGE not in turns[0][1]:
+        raise ConversationError(f"template plain needs {IMAGE} in the first turn")
+    if ask:
+        return IMAGE, []
+    text = f"{IMAGE}{turns[1][1]}\n"
+    return text, [(len(IMAGE), len(text))]
+
+
+def _alternating(turns: list[tuple[str, str]], roles: Mapping[str, str]) -> list[tuple[str, str]]:
+    """Turns from the first human one on, as (role, text); ConversationError unless the speakers alternate."""
+    for number, (role, _) in enumerate(turns, 1):
+        if role not in roles:
+            raise ConversationError(f"turn {number} is from {role!r}; it must be from {' or '.join(roles)}")
+    if turns[0][0] == "gpt":
+        turns = turns[1:]
+    for number, (role, _) in enumerate(turns):
+        if role != ("human", "gpt")[number % 2]:
+            raise ConversationError(f"{role} speaks twice in a row; human and gpt must take turns")
+    return turns
+
+
+def _rounds(turns: list[tuple[str, str]], template: Template, ask: bool) -> tuple[str, list[Span]]:
+    text = template.system + template.separator
+    spans: list[Span] = []
+    for role, words in _alternating(turns, _ROLES):
+        text += template.user if role == "human" else template.assistant
+        text += ":"
+        start = len(text)
+        if words:  # an empty turn has neither space nor separator, and nothing to learn
+            text += f" {words}" + (template.separator if role == "human" else template.end)
+            if role == "gpt":
+                spans.append((start, len(text)))
+    return (text + template.assistant + ":" if ask else text), spans
+
+
+def _chat(turns: list[tuple[str, str]], tokenizer: Any, ask: bool) -> tuple[str, list[Span]]:
+    """The tokenizer's own template, rendered turn by turn: an answer is what its turn adds to the prompt."""
+    head: list[dict[str, str]] = []
+    if turns[0][0] == "system":
+        head = [{"role": "system", "content": turns[0][1]}]
+        turns = turns[1:]
+    if not turns:
+        raise ConversationError("the conversation has a system turn only")
+    messages = head + [{"role": _ROLES[r], "content": words} for r, words in _alternating(turns, _ROLES)]
+
+    def text_of(count: int, ask: bool) -> str:
+        return str(tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=ask))
+
+    text = text_of(len(messages), ask)
+    spans: list[Span] = []
+    for count, message in enumerate(messages):
+        if message["role"] == "assistant" and message["content"]:
+            before, after = text_of(count, True), text_of(count + 1, False)
+            if not (after.startswith(before) and text.startswith(after)):
+                raise ConversationError(
+                    "the tokenizer's chat template rewrites earlier turns, so answers cannot be told "
+                    "apart in it; "
+                    "use one of the named templates"
+                )
+            spans.append(
+                (len(before), len(after.rstrip("\n")))
+            )  # the line break after the turn's end is not learnt
+    return text, spans
