@@ -55,7 +55,7 @@ class Story:
 def explain(chosen: Sequence[RunFolder], options: argparse.Namespace) -> int:
     """Print one run's story."""
     folder = chosen[0]
-    seen = look([folder], options.runs)
+    seen = look([folder], options.runs, accounting=False)  # sight() asks it for more
     line = seen.lines[0]
     story = tell(sight(folder, line.state, seen.queue), time.time())
     title = name(folder, options.runs).removesuffix("/run")

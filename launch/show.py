@@ -43,7 +43,7 @@ class Look:
     why: str  # SLURM was needed and not heard; empty otherwise
 
 
-def look(chosen: Sequence[RunFolder], root: Path) -> Look:
+def look(chosen: Sequence[RunFolder], root: Path, *, accounting: bool = True) -> Look:
     """The runs' states, with at most one squeue and one sacct."""
     every = survey(chosen, root)
     batches: Batches = {}
@@ -58,7 +58,7 @@ def look(chosen: Sequence[RunFolder], root: Path) -> Look:
     for folder, facts in zip(chosen, every, strict=True):
         batch = job_of(read_batch(facts.batch, batches), queue) if facts.batch else ""
         lines.append(Line(folder, name(folder, root), facts, judge(facts, queue, batches), batch))
-    return Look(lines if queue is None else _past(lines), queue, why)
+    return Look(_past(lines) if accounting and queue is not None else lines, queue, why)
 
 
 def _past(lines: list[Line]) -> list[Line]:

@@ -251,8 +251,9 @@ def test_slurm_is_asked_once_and_accounting_once(runs: Path, path: str, tmp_path
     )
     (tmp_path / "bin" / "past").write_text("100_9|OUT_OF_MEMORY|0:125|5|6|7|n1\n")
     assert "(accounting says OUT_OF_MEMORY)" in call(runs, "status", "silent", path=path).stdout
+    assert "more memory than its node" in call(runs, "explain", "silent", path=path).stdout
     asked = (tmp_path / "bin" / "asked").read_text().splitlines()
-    assert asked == ["squeue", "sacct"] * 2
+    assert asked == ["squeue", "sacct"] * 3
 
 
 def test_runs_whose_parent_failed_say_so(runs: Path, path: str, tmp_path: Path) -> None:

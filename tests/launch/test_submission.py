@@ -202,7 +202,9 @@ def test_without_slurm_it_says_so(tmp_path: Path) -> None:
     assert "squeue: not found; is this a SLURM login node?" in done.stderr
 
 
-def test_a_plan_over_the_limit_of_gpu_hours_is_refused_unless_one_says_yes(tmp_path: Path, slurm: Path) -> None:
+def test_a_plan_over_the_limit_of_gpu_hours_is_refused_unless_one_says_yes(
+    tmp_path: Path, slurm: Path
+) -> None:
     file = chain.write(tmp_path, sweep3="sweep: {train.optim.lr: [1e-5, 2e-5]}\n")
     refused = submit(file, "--max-gpu-hours", "15", slurm=slurm)
     assert refused.returncode == 4

@@ -83,7 +83,7 @@ def test_an_array_is_throttled_explained_requeued_and_cancelled(
     slurm.wait_state(f"{below}_0", "CANCELLED")
     found = states(slurm, root)
     assert found["a/2"] == ("cancelled", "by user 0 with scancel")
-    assert "cancelled by user 0 with scancel" in runs(slurm, root, "explain", "a/2")
+    assert "cancelled with scancel by user 0" in runs(slurm, root, "explain", "a/2")
     assert found["b/0"][0] == "cancelled"
 
     runs(slurm, root, "cancel", "a", "-y")
