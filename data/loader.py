@@ -139,6 +139,8 @@ class Loader:
             "step_samples": self._size,
             "epoch_samples": self._mixture.samples,
             "packing": self._spec.max_length if self._packed else 0,
+            "group_by": self._spec.group_by,
+            "data": self._mixture.digest,
             "replaced": self._earlier + len(self._replaced),
         }
         return {**state, "cursor": self._packed.cursor(self._step)} if self._packed else state
@@ -146,7 +148,7 @@ class Loader:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a state, on as many ranks as there are now; call it before `steps`."""
         here = self.state_dict()
-        for key in ("seed", "step_samples", "epoch_samples", "packing"):
+        for key in ("seed", "step_samples", "epoch_samples", "packing", "group_by", "data"):
             if state[key] != here[key]:
                 raise DataError(
                     f"the checkpoint's data stream has {key} {state[key]}, this run has {here[key]}: it "

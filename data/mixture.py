@@ -8,6 +8,8 @@ no sample is lost and none comes twice, and all other steps keep the order that 
 from __future__ import annotations
 
 import functools
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -73,6 +75,12 @@ class Mixture:
     def samples(self) -> int:
         """Samples of an epoch."""
         return sum(self.draws)
+
+    @property
+    def digest(self) -> str:
+        """What decides which samples there are: the contents of the files and their weights."""
+        parts = [[source.index.meta["sha256"], source.weight] for source in self.sources]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
     @functools.cached_property
     def words(self) -> np.ndarray:

@@ -157,7 +157,7 @@ def test_processes_that_start_together_build_it_once(tmp_path: Path) -> None:
     processes = [context.Process(target=_open, args=(str(tmp_path / "mixed.json"), queue)) for _ in range(2)]
     for process in processes:
         process.start()
-    told = [queue.get(timeout=60) for _ in range(3)]
+    told = [queue.get(timeout=120) for _ in range(3)]
     for process in processes:
         process.join(timeout=60)
         assert process.exitcode == 0

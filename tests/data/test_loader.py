@@ -195,7 +195,14 @@ def test_a_mix_smaller_than_a_step_wraps_over_epochs(tmp_path: Path) -> None:
 
 def test_a_state_of_another_stream_is_refused(root: Path) -> None:
     state = loader(spec(root)).state_dict()
+    (root / "again").mkdir()
+    mixed(root / "again", 41)
+    (root / "again" / "mixed.json").write_text(
+        json.dumps(json.loads((root / "again" / "mixed.json").read_text())[1:])
+    )
     for other, words in (
+        (loader(spec(root / "again")), "has data "),
+        (loader(spec(root, group_by="none")), "group_by modality, this run has none"),
         (loader(spec(root), seed=3), "seed 0, this run has 3"),
         (loader(spec(root), micro=1), "step_samples 4, this run has 2"),
         (loader(spec(root, mix={"mixed.json": 0.5})), "epoch_samples 40, this run has 20"),
