@@ -78,9 +78,10 @@ def test_siglip_loses_its_first_patch_only_when_asked() -> None:
     torch.testing.assert_close(one.image_features(pixels), other.image_features(pixels)[:, 1:])
 
 
-def test_a_tower_cut_behind_the_layer_read_gives_that_layers_output() -> None:
-    tower = build(spec(), vocab_size=WORDS, seed=0, dtype=torch.float32).tower
-    whole = spec(tower_config={**TOWER, "select_layer": 3})
+@pytest.mark.parametrize("name", ["clip-l-336", "siglip-384"])
+def test_a_tower_cut_behind_the_layer_read_gives_that_layers_output(name: str) -> None:
+    tower = build(spec(tower=name), vocab_size=WORDS, seed=0, dtype=torch.float32).tower
+    whole = spec(tower=name, tower_config={**TOWER, "select_layer": 3})
     deep = build(whole, vocab_size=WORDS, seed=0, dtype=torch.float32).tower
     deep.load_state_dict(tower.state_dict(), strict=False)
     pixels = torch.randn(2, 3, 28, 28)

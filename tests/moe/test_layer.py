@@ -9,6 +9,7 @@ import torch
 
 from moe.layer import MoELayer
 from moe.parallel import Groups
+from moe.router import Traffic
 from moe.spec import MoESpec
 from moe.upcycle import upcycle
 from moe.vlm import VLM, train_only
@@ -22,19 +23,25 @@ def sparse(dispatcher: str = "torch", **changes: Any) -> VLM:
 
 
 def test_padding_is_neither_routed_nor_counted() -> None:
-    vlm = sparse().train()
-    alone = {
-        key: value[1:, :5] if key != "pixel_values" else value[:0]
-        for key, value in batch([9, 5], [0, 0]).items()
-    }
-    padded = {key: torch.nn.functional.pad(value, (0, 4)) for key, value in alone.items() if value.dim() == 2}
-    one, other = vlm(**alone), vlm(**padded)
-    for a, b in zip(one.expert_counts, other.expert_counts, strict=True):
-        assert a.tolist() == b.tolist()
-        assert a.sum() == 5 * 2
-    for a, b in zip(one.aux_losses, other.aux_losses, strict=True):
-        assert a.item() == pytest.approx(b.item(), rel=1e-6)
-    assert one.loss.item() == pytest.approx(other.loss.item(), rel=1e-6)
+    vlm = sparse(capacity_factor=0).train()
+    given = batch([9, 5], [0, 0])
+    rows = [
+        {key: value[i : i + 1, :n] for key, value in given.items() if value.dim() == 2}
+        for i, n in ((0, 9), (1, 5))
+    ]
+    together, alone = vlm(**given), [vlm(**row) for row in rows]
+    assert together.mask.sum() < together.mask.numel()
+    for layer in (0, 1):
+        assert together.expert_counts[layer].sum() == (9 + 5) * 2
+        each = [output.expert_counts[layer] for output in alone]
+        assert together.expert_counts[layer].tolist() == (each[0] + each[1]).tolist()
+    # Balance is of the real tokens: the sum of both rows' scores and choices, over 14.
+    vlm.layers()[0].mlp.traffic = traffic = Traffic.of(together.mask, vlm.moe)
+    hidden = torch.randn(2, 9, 32)
+    out = vlm.layers()[0].mlp(hidden)
+    assert traffic.reports[0].tokens == 14
+    assert not out[1, 5:].any()
+    assert out[1, :5].all(-1).all()
 
 
 def test_the_reference_routes_and_counts_padding() -> None:
