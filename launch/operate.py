@@ -73,6 +73,9 @@ def parser() -> argparse.ArgumentParser:
     found = verb("wait", "wait until no run is open; exit code 1 when one is not done then", "*")
     found.add_argument("--every", type=float, default=15.0, metavar="SECONDS", help="how often to ask")
     found.add_argument("--timeout", type=float, default=0.0, metavar="SECONDS", help="0: for ever")
+    found = verb("sync", "send W&B what nodes without a network recorded; on the login node", "*")
+    found.add_argument("--watch", action="store_true", help="again and again, running runs' rows included")
+    found.add_argument("--every", type=float, default=60.0, metavar="SECONDS", help="how often with --watch")
     found = verb("doctor", "read the cluster's settings, and say what each means for these runs")
     found.add_argument("--write", default="", metavar="NAME", help="write experiments/clusters/NAME.yaml")
     found.add_argument("--partition", default="", help="the partition for the preset; default: most GPUs")
@@ -130,6 +133,10 @@ def _run(options: argparse.Namespace) -> int:
         from launch import compare, explain
 
         return (explain.explain if options.verb == "explain" else compare.diff)(chosen, options)
+    if options.verb == "sync":
+        from launch import send
+
+        return send.sync(chosen, options)
     if options.verb == "resubmit":
         from launch import again
 

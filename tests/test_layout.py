@@ -54,6 +54,9 @@ def imports(path: Path, top_only: bool = False) -> Iterator[str]:
             child
             for node in nodes
             if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+            or (
+                isinstance(node, ast.Try) and "ImportError" in ast.dump(node)
+            )  # done without where it is not there
             or (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test))
             for child in ast.walk(node)
         }
