@@ -23,7 +23,7 @@ def sync(chosen: Sequence[RunFolder], options: argparse.Namespace) -> int:
         say = (lambda text: None) if options.json else print
         reports = sync_all(
             [folder.path for folder in chosen],
-            running=lambda path: Path(path) in open_,
+            running=lambda path, open_=open_: Path(path) in open_,
             live=options.watch,
             say=say,
         )
