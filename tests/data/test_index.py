@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data import index as module
+from data import indexing as module
 from data.conversation import IGNORED, encode
 from data.index import Index, cache_folders, open_index
 from data.tokenizer_file import TokenizerFile
