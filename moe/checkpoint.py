@@ -16,7 +16,7 @@ import os
 import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -35,6 +35,7 @@ __all__ = ["Checkpoint", "CheckpointError", "Checkpoints", "describe", "load_wei
 
 log = logging.getLogger("moe.checkpoint")
 Guard = Callable[[], None]
+T = TypeVar("T")
 
 
 class Checkpoints:
@@ -48,6 +49,7 @@ class Checkpoints:
         self.faults: list[str] = []
         self._save: _Save | None = None
         self._staging: torch.Tensor | None = None
+        self._removal: threading.Thread | None = None
         self._frozen: list[tuple[Path, dict[str, Any]]] = []  # frozen files of this engine's earlier saves
         self._engine: Engine | None = None
 
@@ -64,6 +66,7 @@ class Checkpoints:
         """
         self._begin(step, engine, extra, guard, background=False)
         checkpoint = self.settle()
+        self._removed()
         assert checkpoint is not None
         return checkpoint
 
@@ -96,9 +99,8 @@ class Checkpoints:
                 outcome = (self._commit(save, reports), "")
             except BaseException as raised:
                 own = raised
-                storage.remove(save.partial)
+                storage.remove([save.partial])
                 outcome = (None, str(raised))
-        checkpoint: Checkpoint | None
         checkpoint, words = self._from_first(outcome)
         if own is not None:
             raise own
@@ -112,18 +114,19 @@ class Checkpoints:
         self, step: int, engine: Engine, extra: dict[str, Any], guard: Guard | None, *, background: bool
     ) -> None:
         self.settle()
+        self._removed()
         if engine is not self._engine:
             self._engine, self._frozen = engine, []
-        partial, words = None, ""
+        begun: tuple[Path | None, str] = (None, "")
         if self.groups.rank == 0:
             try:
                 json.dumps(extra, allow_nan=False)
-                partial = storage.start(self.folder, step)
+                begun = (storage.start(self.folder, step), "")
             except (TypeError, ValueError) as error:
-                words = f"{storage.folder_name(step)} was not saved: `extra` is not JSON ({error})."
+                begun = (None, f"{storage.folder_name(step)} was not saved: `extra` is not JSON ({error}).")
             except OSError as error:
-                words = self._refusal(step, [f"rank 0: {error}"])
-        partial, words = self._from_first((partial, words))
+                begun = (None, self._refusal(step, [f"rank 0: {error}"]))
+        partial, words = self._from_first(begun)
         if partial is None:
             raise CheckpointError(words)
         self._save = _Save(self, step, engine, extra, guard, partial, background=background)
@@ -142,8 +145,17 @@ class Checkpoints:
             checkpoint = storage.publish(save.partial, save.step)
         except OSError as error:
             raise CheckpointError(self._refusal(save.step, [f"rank 0: {error}"])) from None
-        storage.prune(self.folder, checkpoint, self.keep)
+        with contextlib.suppress(OSError):  # what is too many stays until the next save
+            doomed = storage.prune(self.folder, checkpoint, self.keep)
+            self._removal = threading.Thread(target=storage.remove, args=(doomed,), daemon=True)
+            self._removal.start()
         return checkpoint
+
+    def _removed(self) -> None:
+        """Wait until the files of checkpoints no longer kept are gone: their room may be needed."""
+        if self._removal is not None:
+            self._removal.join()
+            self._removal = None
 
     def _refusal(self, step: int, reasons: list[str]) -> str:
         standing = next(iter(storage.found(self.folder)), None)
@@ -225,10 +237,10 @@ class Checkpoints:
         dist.all_gather_object(values, value, group=self.groups.control)
         return values
 
-    def _from_first(self, value: Any) -> Any:
+    def _from_first(self, value: T) -> T:
         if self.groups.world == 1:
             return value
-        values: list[Any] = [value]
+        values = [value]
         dist.broadcast_object_list(values, src=0, group=self.groups.control)
         return values[0]
 
@@ -303,21 +315,22 @@ class _Save:
     def _write(self) -> None:
         name = ""
         try:
-            name = self._name("state")
-            self._files[name] = storage.write(self.partial / name, self._state)
-            name = self._name("frozen")
-            self._files[name] = self._write_frozen(self.partial / name)
-            self.frozen = (name, self._files[name])
-            for name, content in self._texts.items():
-                text = json.dumps(content, separators=(",", ":")).encode()
-                self._files[name] = storage.write(self.partial / name, [memoryview(text)])
-            storage.flush_folder(self.partial)
+            with storage.Writer() as writer:
+                name = self._name("state")
+                self._files[name] = writer.write(self.partial / name, self._state)
+                name = self._name("frozen")
+                self._files[name] = self._write_frozen(writer, self.partial / name)
+                self.frozen = (name, self._files[name])
+                for name, content in self._texts.items():
+                    text = json.dumps(content, separators=(",", ":")).encode()
+                    self._files[name] = writer.write(self.partial / name, [memoryview(text)])
+                name = self.partial.name
         except OSError as error:
             self._error = f"{name}: {error.strerror or error}"
         except Exception as error:
             self._error = f"{name}: {type(error).__name__}: {error}"
 
-    def _write_frozen(self, path: Path) -> dict[str, Any]:
+    def _write_frozen(self, writer: storage.Writer, path: Path) -> dict[str, Any]:
         """Frozen weights never change, so the save before the last has them on disk already: one more name
         for that file.
 
@@ -329,7 +342,7 @@ class _Save:
             with contextlib.suppress(OSError):
                 os.link(source, path)
                 return said
-        return storage.write(path, self._still)
+        return writer.write(path, self._still)
 
 
 def load_weights(path: Path, vlm: nn.Module, groups: Groups) -> None:

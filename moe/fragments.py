@@ -183,9 +183,10 @@ def _part(parameter: Any) -> tuple[int, int]:
 
 def _place(name: str, kind: str, tensor: Tensor, groups: Groups) -> Fragment:
     """A whole local tensor as a part of the one that all experts' ranks make up."""
-    if hasattr(tensor, "ds_tensor"):  # ZeRO 3
-        start, count = _part(tensor)
-        return Fragment(name, kind, tuple(tensor.ds_shape), start, tensor.ds_tensor.detach().view(-1)[:count])
+    cut: Any = tensor
+    if hasattr(cut, "ds_tensor"):  # ZeRO 3
+        start, count = _part(cut)
+        return Fragment(name, kind, tuple(cut.ds_shape), start, cut.ds_tensor.detach().view(-1)[:count])
     flat = tensor.detach().view(-1)
     if groups.expert_parallel > 1 and isinstance(tensor, nn.Parameter) and is_expert(tensor):
         rest = tuple(tensor.shape[1:])

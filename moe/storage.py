@@ -151,14 +151,33 @@ def found(folder: Path) -> list[Checkpoint]:
 # --- writing ---
 
 
-def write(path: Path, buffers: Iterable[memoryview]) -> dict[str, Any]:
-    """Write a new file and wait until it is on disk; its size and digest."""
-    algorithm, hasher = digest() or ("", hashlib.blake2b())
-    size = 0
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-    try:
+class Writer:
+    """Writes new files; leaving its block waits until all of them are on disk, together.
+
+    One wait for many files: the first makes the file system commit its journal, and the rest find it done.
+    """
+
+    def __init__(self) -> None:
+        self._open: list[int] = []
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            for descriptor in self._open if kind is None else ():
+                os.fsync(descriptor)
+        finally:
+            for descriptor in self._open:
+                os.close(descriptor)
+
+    def write(self, path: Path, buffers: Iterable[memoryview]) -> dict[str, Any]:
+        """Write one file; its size and digest."""
+        algorithm, hasher = digest() or ("", hashlib.blake2b())
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        self._open.append(descriptor)
+        size = waiting = 0
         batch: list[memoryview] = []
-        waiting = 0
         for buffer in buffers:
             for first in range(0, len(buffer), CHUNK):
                 piece = buffer[first : first + CHUNK]
@@ -167,12 +186,11 @@ def write(path: Path, buffers: Iterable[memoryview]) -> dict[str, Any]:
                 waiting += len(piece)
                 if waiting >= CHUNK or len(batch) == VECTORS:
                     _write_all(descriptor, batch)
+                    # Dirty pages are not dropped by this but sent to the disk, while the next are copied.
+                    os.posix_fadvise(descriptor, size, waiting, os.POSIX_FADV_DONTNEED)
                     size, waiting, batch = size + waiting, 0, []
         _write_all(descriptor, batch)
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-    return {"size": size + waiting, "digest": f"{algorithm}:{hasher.hexdigest()}"}
+        return {"size": size + waiting, "digest": f"{algorithm}:{hasher.hexdigest()}"}
 
 
 def _write_all(descriptor: int, batch: list[memoryview]) -> None:
@@ -204,7 +222,8 @@ def start(folder: Path, step: int) -> Path:
 def seal(partial: Path, record: dict[str, Any]) -> None:
     """Write COMPLETE, the last file, and wait until all names are on disk."""
     text = json.dumps({"version": VERSION, **record}, indent=1, allow_nan=False)
-    write(partial / COMPLETE, [memoryview(text.encode())])
+    with Writer() as writer:
+        writer.write(partial / COMPLETE, [memoryview(text.encode())])
     flush_folder(partial)
 
 
@@ -218,7 +237,7 @@ def publish(partial: Path, step: int) -> Checkpoint:
     partial.rename(target)
     flush_folder(target.parent)
     if aside is not None:
-        remove(aside)
+        remove([aside])
     return Checkpoint(target, step)
 
 
@@ -235,7 +254,7 @@ def recover(folder: Path) -> None:
             continue
         target = folder / entry.name.removeprefix(".").partition(REPLACED)[0]
         if target.exists():
-            remove(entry)
+            remove([entry])
         else:
             entry.rename(target)
 
@@ -245,24 +264,28 @@ def set_aside(path: Path) -> None:
     aside = path.with_name(path.name + CORRUPT)
     with contextlib.suppress(OSError):
         if aside.exists():
-            remove(aside)
+            remove([discard(aside)])
         path.rename(aside)
 
 
-def prune(folder: Path, newest: Checkpoint, keep: int) -> None:
-    """Remove the complete checkpoints before the `keep` newest, up to and including `newest`, which must
-    be whole.
+def prune(folder: Path, newest: Checkpoint, keep: int) -> list[Path]:
+    """Take the checkpoints before the `keep` newest out of sight, up to `newest`, which must be whole.
+
+    What is returned is left to `remove`, which takes long for large files.
     """
-    older = [checkpoint for checkpoint in found(folder) if checkpoint.step < newest.step]
-    for checkpoint in older[keep - 1 :]:
-        remove(checkpoint.path)
-    for entry in folder.iterdir():
-        if entry.name.endswith(CORRUPT):
-            remove(entry)
+    older = [checkpoint.path for checkpoint in found(folder) if checkpoint.step < newest.step]
+    corrupt = [entry for entry in folder.iterdir() if entry.name.endswith(CORRUPT)]
+    return [discard(path) for path in (*older[keep - 1 :], *corrupt)]
 
 
-def remove(path: Path) -> None:
-    """Remove a checkpoint so that, cut off half-way, it does not look like one."""
-    with contextlib.suppress(FileNotFoundError):
-        (path / COMPLETE).unlink()
-    shutil.rmtree(path, ignore_errors=True)
+def discard(path: Path) -> Path:
+    """Rename a folder in one step to what no one takes for a checkpoint, and `recover` removes."""
+    aside = path.with_name(f".{path.name}{PARTIAL}{os.urandom(4).hex()}")
+    path.rename(aside)
+    return aside
+
+
+def remove(paths: Iterable[Path]) -> None:
+    """Remove folders; one that cannot be is left to the next attempt."""
+    for path in paths:
+        shutil.rmtree(path, ignore_errors=True)

@@ -386,13 +386,13 @@ def test_what_was_trained_may_be_frozen_afterwards(tmp_path):
 def test_the_loop_goes_on_while_the_disk_is_slow(tmp_path, monkeypatch):
     groups = Groups.single()
     engine, steps = trained(groups)
-    go, write = threading.Event(), storage.write
+    go, write = threading.Event(), storage.Writer.write
 
-    def slow(path, buffers):
+    def slow(writer, path, buffers):
         assert go.wait(30)
-        return write(path, buffers)
+        return write(writer, path, buffers)
 
-    monkeypatch.setattr(storage, "write", slow)
+    monkeypatch.setattr(storage.Writer, "write", slow)
     at_two = state_of(engine)
     checkpoints = Checkpoints(tmp_path, groups)
     checkpoints.begin(2, engine, {"loader": 2})
