@@ -132,7 +132,7 @@ class Scene:
         if not there:
             shape = rng.choice([name for name in SHAPES if all(name != other for _, other, _ in self.items)])
             color = rng.choice([name for name in COLORS if all(name != other for _, _, other in self.items)])
-        return f"Is there a {rng.choice((shape, f'{color} shape'))}?", "yes" if there else "no"
+        return f"Is there a {color} {shape}?", "yes" if there else "no"
 
     def conversation(self, rng: random.Random) -> list[Turn]:
         """Questions of which no earlier one tells the answer: what is there and how many come first."""
