@@ -6,7 +6,6 @@ import argparse
 import json
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 from launch.exits import FAILED, OK
 from launch.record import RunFolder
@@ -22,10 +21,7 @@ def sync(chosen: Sequence[RunFolder], options: argparse.Namespace) -> int:
         open_ = {line.folder.path for line in lines if line.state.name in OPEN}
         say = (lambda text: None) if options.json else print
         reports = sync_all(
-            [folder.path for folder in chosen],
-            running=lambda path, open_=open_: Path(path) in open_,
-            live=options.watch,
-            say=say,
+            [folder.path for folder in chosen], running=open_.__contains__, live=options.watch, say=say
         )
         if options.json:
             print(json.dumps(reports, default=str), flush=True)
