@@ -14,7 +14,6 @@ import json
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -23,9 +22,10 @@ import torch.distributed as dist
 from torch import nn
 
 from moe import randomness, storage
-from moe.fragments import FROZEN, shared_out, weights
+from moe.fragments import weights
 from moe.parallel import Groups
-from moe.pieces import Index, fill, layout, runs, staged
+from moe.pieces import Index, fill
+from moe.saving import Guard, Save, Written
 from moe.storage import Checkpoint, CheckpointError, describe
 
 if TYPE_CHECKING:
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 __all__ = ["Checkpoint", "CheckpointError", "Checkpoints", "describe", "load_weights"]
 
 log = logging.getLogger("moe.checkpoint")
-Guard = Callable[[], None]
 T = TypeVar("T")
 
 
@@ -47,10 +46,10 @@ class Checkpoints:
     def __init__(self, folder: Path, groups: Groups, keep: int = 2) -> None:
         self.folder, self.groups, self.keep = Path(folder), groups, max(1, keep)
         self.faults: list[str] = []
-        self._save: _Save | None = None
+        self._save: Save | None = None
         self._staging: torch.Tensor | None = None
         self._removal: threading.Thread | None = None
-        self._frozen: list[tuple[Path, dict[str, Any]]] = []  # frozen files of this engine's earlier saves
+        self._frozen: list[Written] = []  # frozen files of this engine's last two saves
         self._engine: Engine | None = None
 
     # --- saving ---
@@ -129,9 +128,19 @@ class Checkpoints:
         partial, words = self._from_first(begun)
         if partial is None:
             raise CheckpointError(words)
-        self._save = _Save(self, step, engine, extra, guard, partial, background=background)
+        self._save = Save(
+            step,
+            engine,
+            extra,
+            guard,
+            partial,
+            background=background,
+            staging=self._staging,
+            earlier=self._frozen[0] if len(self._frozen) == 2 else None,
+        )
+        self._staging = self._save.staging
 
-    def _commit(self, save: _Save, reports: list[tuple[dict[str, Any], str]]) -> Checkpoint:
+    def _commit(self, save: Save, reports: list[tuple[dict[str, Any], str]]) -> Checkpoint:
         bad = [f"rank {rank}: {error}" for rank, (_, error) in enumerate(reports) if error]
         if bad:
             raise CheckpointError(self._refusal(save.step, bad))
@@ -243,106 +252,6 @@ class Checkpoints:
         values = [value]
         dist.broadcast_object_list(values, src=0, group=self.groups.control)
         return values[0]
-
-
-class _Save:
-    """One rank's part of a save under way."""
-
-    def __init__(
-        self,
-        owner: Checkpoints,
-        step: int,
-        engine: Engine,
-        extra: dict[str, Any],
-        guard: Guard | None,
-        partial: Path,
-        *,
-        background: bool,
-    ) -> None:
-        self.step, self.guard, self.partial = step, guard, partial
-        groups = engine.groups
-        self.rank = groups.rank
-        self.record = {
-            "step": step,
-            "world": groups.world,
-            "updates": engine.updates,
-            "layout": {
-                "expert_parallel": groups.expert_parallel,
-                "zero": engine.spec.zero,
-                "precision": engine.spec.precision,
-            },
-            "extra": extra,
-        }
-        self.frozen: tuple[str, dict[str, Any]] | None = None
-        self._link = owner._frozen[-2] if len(owner._frozen) == 2 else None
-        self._files: dict[str, Any] = {}
-        self._error = ""
-        self._thread: threading.Thread | None = None
-        try:
-            pieces = shared_out(engine.fragments())
-            state = [piece for piece in pieces if piece.kind != FROZEN]
-            still = [piece for piece in pieces if piece.kind == FROZEN]
-            self._texts = {
-                f"index_{self.rank:05d}.json": layout(state, self._name("state"))
-                | layout(still, self._name("frozen")),
-                f"random_{self.rank:05d}.json": randomness.state(),
-            }
-            self._state: Iterable[memoryview] = runs(state)
-            self._still = runs(still)
-            if background:
-                owner._staging, self._state = staged(state, owner._staging)
-        except Exception as error:
-            self._error = f"{type(error).__name__}: {error}"
-            return
-        if background:
-            self._thread = threading.Thread(target=self._write, name=f"save step {step}", daemon=True)
-            self._thread.start()
-        else:
-            self._write()
-
-    def done(self) -> bool:
-        return self._thread is None or not self._thread.is_alive()
-
-    def wait(self) -> tuple[dict[str, Any], str]:
-        """The files written here, and what went wrong ("": nothing)."""
-        if self._thread is not None:
-            self._thread.join()
-        return self._files, self._error
-
-    def _name(self, kind: str) -> str:
-        return f"{kind}_{self.rank:05d}.bin"
-
-    def _write(self) -> None:
-        name = ""
-        try:
-            with storage.Writer() as writer:
-                name = self._name("state")
-                self._files[name] = writer.write(self.partial / name, self._state)
-                name = self._name("frozen")
-                self._files[name] = self._write_frozen(writer, self.partial / name)
-                self.frozen = (name, self._files[name])
-                for name, content in self._texts.items():
-                    text = json.dumps(content, separators=(",", ":")).encode()
-                    self._files[name] = writer.write(self.partial / name, [memoryview(text)])
-                name = self.partial.name
-        except OSError as error:
-            self._error = f"{name}: {error.strerror or error}"
-        except Exception as error:
-            self._error = f"{name}: {type(error).__name__}: {error}"
-
-    def _write_frozen(self, writer: storage.Writer, path: Path) -> dict[str, Any]:
-        """Frozen weights never change, so the save before the last has them on disk already: one more name
-        for that file.
-
-        Not the last save's: two neighbouring checkpoints share no bytes, so that a corrupt one can fall
-        back.
-        """
-        if self._link is not None:
-            source, said = self._link
-            with contextlib.suppress(OSError):
-                os.link(source, path)
-                return said
-        return writer.write(path, self._still)
 
 
 def load_weights(path: Path, vlm: nn.Module, groups: Groups) -> None:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from moe import parallel
 from moe.fragments import MOMENTS, Fragment, held, masters, refresh
+from moe.objective import Objective, counted
 from moe.optim import EXPERT_GROUP, is_expert, parameter_groups, rate
 from moe.parallel import Groups
 from moe.spec import MoESpec, TrainSpec
@@ -31,44 +32,11 @@ from moe.spec import MoESpec, TrainSpec
 if TYPE_CHECKING:
     from moe.vlm import VLM
 
-IGNORED = -100  # a label that is not learnt
 PATIENCE = 10  # steps in a row whose gradients may be inf or nan before training stops
 
 
 class EngineError(RuntimeError):
     """Training cannot be set up, or cannot go on; the message says why and what to do."""
-
-
-class Objective(nn.Module):
-    """The model with its loss as the one thing it returns, which DeepSpeed hooks into; what else it says is
-    summed here.
-
-    `losses` (float32 [3]): cross entropy, balancing losses, what routers add to the loss; `counts`: tokens
-    by expert.
-    """
-
-    def __init__(self, vlm: nn.Module) -> None:
-        super().__init__()
-        self.vlm = vlm
-        self.begin()
-
-    def begin(self, ce_scale: float = 1.0, router_scale: float = 1.0) -> None:
-        """Start a step."""
-        self.ce_scale, self.router_scale = ce_scale, router_scale
-        self.losses = torch.zeros(3)
-        self.counts: list[Tensor] = []
-
-    def forward(self, **batch: Tensor) -> Tensor:
-        """The micro-batch's part of the step's loss."""
-        output = self.vlm(**batch)
-        ce: Tensor = output.ce_sum
-        aux = sum((loss.detach().float() for loss in output.aux_losses), start=torch.zeros_like(ce))
-        router = torch.zeros_like(ce) if output.router_loss is None else output.router_loss
-        losses = torch.stack([ce.detach().float(), aux, router.detach().float()])
-        layers = [layer.detach().to(torch.float64) for layer in output.expert_counts]
-        self.losses = self.losses.to(losses.device) + losses
-        self.counts = [a + b for a, b in zip(self.counts, layers, strict=True)] if self.counts else layers
-        return ce * self.ce_scale + router * self.router_scale
 
 
 @runtime_checkable
@@ -132,7 +100,7 @@ class Engine:
         token, or whose gradients are not finite, changes no weight.
         """
         tokens, samples, filled, slots = self.groups.total(
-            *(sum(column) for column in _counted(micro_batches))
+            *(sum(column) for column in counted(micro_batches))
         )
         lr = self._set_rate()
         seen = {"lr": lr, "tokens": int(tokens), "samples": int(samples), "padding": 1 - filled / slots}
@@ -313,14 +281,6 @@ class Engine:
             for key in MOMENTS:
                 state[key] = torch.zeros_like(master).detach()
         self.deepspeed.optimizer.zero_grad()
-
-
-def _counted(micro_batches: Sequence[Mapping[str, Tensor]]) -> list[list[int]]:
-    """This rank's supervised tokens, samples, filled and all token slots, one number a micro-batch."""
-    tokens = [int((batch["labels"][:, 1:] != IGNORED).sum()) for batch in micro_batches]
-    samples = [len(batch["input_ids"]) for batch in micro_batches]
-    filled = [int(batch["attention_mask"].sum()) for batch in micro_batches]
-    return [tokens, samples, filled, [batch["attention_mask"].numel() for batch in micro_batches]]
 
 
 def _register(registry: Any, name: str, groups: Groups) -> None:

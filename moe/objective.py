@@ -1,0 +1,50 @@
+"""What a micro-batch adds to a step's loss, and what a step's micro-batches hold."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+IGNORED = -100  # a label that is not learnt
+
+
+class Objective(nn.Module):
+    """The model with its loss as the one thing it returns, which DeepSpeed hooks into; what else it says is
+    summed here.
+
+    `losses` (float32 [3]): cross entropy, balancing losses, what routers add to the loss; `counts`: tokens
+    by expert.
+    """
+
+    def __init__(self, vlm: nn.Module) -> None:
+        super().__init__()
+        self.vlm = vlm
+        self.begin()
+
+    def begin(self, ce_scale: float = 1.0, router_scale: float = 1.0) -> None:
+        """Start a step."""
+        self.ce_scale, self.router_scale = ce_scale, router_scale
+        self.losses = torch.zeros(3)
+        self.counts: list[Tensor] = []
+
+    def forward(self, **batch: Tensor) -> Tensor:
+        """The micro-batch's part of the step's loss."""
+        output = self.vlm(**batch)
+        ce: Tensor = output.ce_sum
+        aux = sum((loss.detach().float() for loss in output.aux_losses), start=torch.zeros_like(ce))
+        router = torch.zeros_like(ce) if output.router_loss is None else output.router_loss
+        losses = torch.stack([ce.detach().float(), aux, router.detach().float()])
+        layers = [layer.detach().to(torch.float64) for layer in output.expert_counts]
+        self.losses = self.losses.to(losses.device) + losses
+        self.counts = [a + b for a, b in zip(self.counts, layers, strict=True)] if self.counts else layers
+        return ce * self.ce_scale + router * self.router_scale
+
+
+def counted(micro_batches: Sequence[Mapping[str, Tensor]]) -> list[list[int]]:
+    """This rank's supervised tokens, samples, filled and all token slots, one number a micro-batch."""
+    tokens = [int((batch["labels"][:, 1:] != IGNORED).sum()) for batch in micro_batches]
+    samples = [len(batch["input_ids"]) for batch in micro_batches]
+    filled = [int(batch["attention_mask"].sum()) for batch in micro_batches]
+    return [tokens, samples, filled, [batch["attention_mask"].numel() for batch in micro_batches]]
