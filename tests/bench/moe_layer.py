@@ -22,13 +22,14 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-sys.path[0] = str(Path(__file__).resolve().parents[2])
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-import torch  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
-from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
-from tests.bench.moe_layer_peers import TOP_K, Einsum, Weights, contenders, ours  # noqa: E402
+from tests.bench.moe_layer_peers import TOP_K, Einsum, Weights, contenders, ours
 
 SHAPES = {  # width, inner width, experts
     "small": (256, 512, 4),

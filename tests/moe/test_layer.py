@@ -13,6 +13,8 @@ from moe.router import Traffic
 from moe.spec import MoESpec
 from moe.upcycle import upcycle
 from moe.vlm import VLM, train_only
+from tests.bench import moe_layer
+from tests.bench.moe_layer_peers import Weights, ours
 from tests.moe.tiny import batch, model
 
 
@@ -119,3 +121,13 @@ def test_a_frozen_router_and_frozen_experts_stay_as_they_are() -> None:
     vlm(**batch([9], [1])).loss.backward()
     assert vlm.projector[0].weight.grad is not None
     assert all(p.grad is None for p in vlm.layers().parameters())
+
+
+def test_our_layer_computes_and_sends_no_more_than_it_must() -> None:
+    """The benchmark's exact gates; that its contenders compute the same is shown first."""
+    assert {"ours, torch", "einsum (0.9.5)", "loop", "transformers"} <= set(moe_layer.prove("cpu"))
+    weights = Weights.draw(64, 96, 4, 1.0, "cpu", torch.float32)
+    assert moe_layer.executed(ours(weights), 512, weights) <= 1.05
+    sent = moe_layer.exchange()
+    assert sent["torch, skew 0"] <= 1.05
+    assert sent["torch, skew 1"] <= 1.05
