@@ -122,9 +122,10 @@ class StageJob:
     def _fail(folder: RunFolder, place: Place, error: BaseException) -> None:
         """Leave what the verdict needs; never a collective here, the other ranks may be gone."""
         traceback.print_exc()
-        told = type(error).__name__ in BAD_SPEC
+        told = type(error).__module__.split(".")[0] in ("launch", "moe", "data")  # written to be read
+        kind = "bad spec" if type(error).__name__ in BAD_SPEC else getattr(error, "verdict", "error")
         facts: dict[str, Any] = {
-            "kind": "bad spec" if told else getattr(error, "verdict", "error"),
+            "kind": kind,
             "message": str(error)[:2000] if told else f"{type(error).__name__}: {error}"[:2000],
             "rank": place.rank,
             "node": place.node,
