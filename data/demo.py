@@ -136,13 +136,17 @@ class Scene:
 
     def conversation(self, rng: random.Random) -> list[Turn]:
         """Questions of which no earlier one tells the answer: what is there and how many come first."""
-        first = [(kind, rng.choice(self.items)) for kind in ("count", "exists") if rng.random() < 0.5]
         looks = {item[1:]: item for item in self.items}
-        rest = [("place", item) for item in self.alone()]
-        rest += [(rng.choice(("color", "shape")), item) for item in looks.values()]
+        named = rng.choice(list(looks))
+        there = self.ask("exists", looks[named], rng)
+        if there[1] == "yes":  # which told this look
+            del looks[named]
+        first = [there] + [self.ask("count", self.items[0], rng)] * rng.randint(0, 1)
+        rest = [self.ask("place", item, rng) for item in self.alone()]
+        rest += [self.ask(rng.choice(("color", "shape")), item, rng) for item in looks.values()]
         rng.shuffle(first)
         rng.shuffle(rest)
-        return [self.ask(kind, item, rng) for kind, item in first + rest]
+        return (first if rng.random() < 0.75 else []) + rest or first
 
     def draw(self, rng: random.Random) -> Image.Image:
         """The picture; chance moves each shape by a pixel, sizes it, and chooses the paper."""
@@ -299,7 +303,7 @@ def build(folder: Path, seed: int, scale: float) -> dict[str, int]:
     la = [studio.drawn("mimicit_tune/LA/LA_IMG_{n}.png", KINDS) for _ in times(300)]
     la += [studio.photo("mimicit_tune/LA/LA_IMG_{n}.png") for _ in times(50)]
     rows["la_tune_256k.json"] = studio.write("la_tune_256k.json", la)
-    lrv = [studio.drawn("lrv_tune/lrv-vg/{n}.jpg", ("exists",)) for _ in times(300)]
+    lrv = [studio.drawn("lrv_tune/lrv-vg/{n}.jpg", ("exists",)) for _ in times(1200)]
     lrv += [studio.photo("lrv_tune/lrv-vg/{n}.jpg") for _ in times(50)]
     rows["lrv_tune_331k.json"] = studio.write("lrv_tune_331k.json", lrv)
     lvis = [studio.drawn("lvis_tune/coco/train2017/{n}.jpg") for _ in times(2000)]
