@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import shutil
 import statistics
@@ -93,7 +94,7 @@ class Ours:
 
     def save(self, folder: Path, loop: Loop) -> Times:
         if self.checkpoints is None:
-            self.checkpoints = Checkpoints(folder, self.engine.groups, keep=1)
+            self.checkpoints = Checkpoints(folder, self.engine.groups, keep=1_000)  # `quiet` removes the old
         self.step += 1
         began = time.perf_counter()
         times: Times = {}
@@ -186,6 +187,13 @@ class Raw:
         return {"restore": time.perf_counter() - began}
 
 
+def quiet(place: Path) -> None:
+    """Remove what a contender saved before, and let the disk come to rest: freeing a file is work for it too."""
+    shutil.rmtree(place, ignore_errors=True)
+    os.sync()
+    time.sleep(1)
+
+
 def measure(gib: float, small: bool, rounds: int, folder: Path) -> dict[str, Times]:
     """Medians by contender; the first round is warm-up and not counted."""
     engine = engine_of(gib, small)
@@ -206,8 +214,7 @@ def measure(gib: float, small: bool, rounds: int, folder: Path) -> dict[str, Tim
     for turn in range(rounds + 1):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             place = folder / f"{name} {'small' if small else 'large'}"
-            if not isinstance(contenders[name], Ours):
-                shutil.rmtree(place, ignore_errors=True)
+            quiet(place)
             before = loop.rate(lambda: True)
             times = contenders[name].save(place, loop)
             if "rate" in times:
@@ -232,6 +239,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=None, help="write the medians there too")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
+    logging.disable(logging.INFO)  # of the DCP process
     torch.set_num_threads(1)
     columns = ("stall", "durable", "restore", "restore + digests", "speed")
     results = {}
