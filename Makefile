@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 SLURM := slurmctld slurmd slurm-client munge slurmdbd mariadb-server iproute2
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test bench chaos lint clean
+.PHONY: demo test lint clean
 
 demo: $(VENV)/demo
 	$(BIN)/python data/demo.py demo_data

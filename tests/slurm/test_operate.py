@@ -61,7 +61,7 @@ def test_an_array_is_throttled_explained_requeued_and_cancelled(
     below = batch(
         slurm, root, "b", 1, f"--dependency=afterok:{job}_2", "--kill-on-invalid-dep=yes", parent="a/2"
     )
-    slurm.wait_state(f"{job}_0", "RUNNING")
+    slurm.wait(lambda: list(root.glob("up.*")), 30)  # before its step is there, no signal reaches it
     slurm.wait(lambda: states(slurm, root)["a/1"] == ("queued", "JobArrayTaskLimit"), 20, every=0.5)
     assert states(slurm, root)["a/0"][0] == "running"
     assert states(slurm, root)["b/0"] == ("waiting", "after a/2")
