@@ -1,4 +1,4 @@
-"""STAGES: what each stage trains and what it starts from (MoE-LLaVA, docs/TRAIN.md, train.py); standard library only."""
+"""STAGES: what each stage trains and starts from (MoE-LLaVA, docs/TRAIN.md, train.py); standard library only."""
 
 from __future__ import annotations
 
