@@ -112,7 +112,7 @@ def test_a_killed_submitter_leaves_a_run_that_the_next_one_follows(
     first = start()
     until(lambda: len(steps(folder)) >= 2)
     first.kill()
-    first.communicate()
+    first.wait()  # not communicate: the controller holds the pipe, and lives on
     batch = batch_of(folder)
     assert batch is not None
     assert alive(batch[0]["pid"], batch[0]["started"])
@@ -121,6 +121,9 @@ def test_a_killed_submitter_leaves_a_run_that_the_next_one_follows(
     assert second.returncode == 0, complained
     assert sum(record["event"] == "start" for record in folder.journal) == 1
     assert steps(folder) == list(range(1, STEPS + 1))
+    for stream in (first.stdout, first.stderr):
+        assert stream is not None
+        stream.close()
 
 
 @pytest.mark.slow
