@@ -16,11 +16,6 @@ from pathlib import Path
 from launch import cluster
 from launch.record import RunFolder, read_json
 
-CODES = {
-    "finished": 0,
-    "preempted": 0,
-    "cancelled": 0,
-}  # all others exit with 1, which holds back what depends on it
 BUDGETS = {
     "infrastructure": 5,
     "error": 1,
@@ -122,7 +117,7 @@ def main(arguments: list[str]) -> int:
         folder.note(
             "verdict", attempt=attempt, verdict="held", reason=f"requeue refused: {said}", again=False
         )
-    return CODES.get(verdict, 1) if not again else 1
+    return 1  # holds back what depends on the run
 
 
 if __name__ == "__main__":
