@@ -137,8 +137,8 @@ def test_three_stages_as_chained_arrays_and_a_preemption_that_loses_nothing(
     same = ("identity", "stage", "step", "tokenizer", "parent", "code", "version")
     assert {key: ours[key] for key in same} == {key: theirs[key] for key in same}
     # One W&B run a run, under one id, whatever the attempts.
-    ids = {path.name.split("-", 3)[-1] for path in disturbed.path.glob("wandb/**/offline-run-*")}
-    assert ids == {disturbed.run["id"]}
+    files = {path.name for path in disturbed.path.glob("wandb/**/offline-run-*/run-*.wandb")}
+    assert files == {f"run-{disturbed.run['id']}.wandb"}
 
 
 @pytest.mark.slurm
