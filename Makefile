@@ -2,7 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-SLURM := slurmctld slurmd slurm-client munge slurmdbd mariadb-server iproute2
+# What the tests want of Debian: a real SLURM, and a browser to look at the report with.
+DEBIAN := slurmctld slurmd slurm-client munge slurmdbd mariadb-server iproute2 chromium
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: demo test lint clean
@@ -11,7 +12,7 @@ demo: $(VENV)/demo
 	$(BIN)/python data/demo.py demo_data
 	DATA_ROOT=$(CURDIR)/demo_data $(BIN)/python launch/submit.py experiments/demo/stage3_moe.yaml
 
-test: $(VENV)/dev slurm
+test: $(VENV)/dev debian
 	$(BIN)/python -m pytest $(ARGS)
 
 lint: $(VENV)/dev
@@ -26,13 +27,13 @@ $(VENV)/dev: $(VENV)/demo
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[demo,dev]'
 	touch $@
 
-# A real SLURM for the tests, from Debian's packages; its daemons are started by the tests alone, from private folders.
-.PHONY: slurm
-slurm:
-	@command -v slurmctld >/dev/null || { \
+# The daemons are started by the tests alone, from private folders.
+.PHONY: debian
+debian:
+	@command -v slurmctld >/dev/null && command -v chromium >/dev/null || { \
 	  test "$$(id -u)" = 0 && command -v apt-get >/dev/null || { \
-	    echo "make test: slurmctld is not here, and only root on Debian can install it: apt-get install $(SLURM)" >&2; exit 1; }; \
-	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(SLURM) >/dev/null; }
+	    echo "make test: slurmctld or chromium is not here; as root: apt-get install $(DEBIAN)" >&2; exit 1; }; \
+	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(DEBIAN) >/dev/null; }
 
 clean:
 	rm -rf $(VENV) demo_data runs build *.egg-info

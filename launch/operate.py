@@ -76,6 +76,8 @@ def parser() -> argparse.ArgumentParser:
     found = verb("sync", "send W&B what nodes without a network recorded; on the login node", "*")
     found.add_argument("--watch", action="store_true", help="again and again, running runs' rows included")
     found.add_argument("--every", type=float, default=60.0, metavar="SECONDS", help="how often with --watch")
+    found = verb("report", "a page to read and to mail: curves, router balance, time, attempts, answers", "+")
+    found.add_argument("--out", type=Path, metavar="FILE", help="default: report.html beside the runs")
     found = verb("doctor", "read the cluster's settings, and say what each means for these runs")
     found.add_argument("--write", default="", metavar="NAME", help="write experiments/clusters/NAME.yaml")
     found.add_argument("--partition", default="", help="the partition for the preset; default: most GPUs")
@@ -137,6 +139,10 @@ def _run(options: argparse.Namespace) -> int:
         from launch import send
 
         return send.sync(chosen, options)
+    if options.verb == "report":
+        from launch import page
+
+        return page.report(chosen, options)
     if options.verb == "resubmit":
         from launch import again
 
