@@ -106,9 +106,7 @@ class Loader:
         if self._mixture.samples == 0:
             raise DataError(f"the mix {spec.mix!r} has no samples")
         self._stream = Stream(self._mixture, spec.group_by, self._size, accumulation * world, seed)
-        self._packed = (
-            PackedStream(self._mixture, spec.max_length, self._size, seed) if spec.packing else None
-        )
+        self._packed = PackedStream(self._mixture, spec.capacity, self._size, seed) if spec.packing else None
         self._pool = ThreadPoolExecutor(spec.workers, thread_name_prefix="data") if spec.workers else None
 
     @property
@@ -138,7 +136,7 @@ class Loader:
             "seed": self._seed,
             "step_samples": self._size,
             "epoch_samples": self._mixture.samples,
-            "packing": self._spec.max_length if self._packed else 0,
+            "packing": self._spec.capacity,
             "group_by": self._spec.group_by,
             "data": self._mixture.digest,
             "replaced": self._earlier + len(self._replaced),
@@ -287,7 +285,7 @@ class Loader:
                 told.append(f"{annotation}, record {fault.record} (id {fault.id or 'none'}): {fault.why}")
             for record in long:
                 told.append(
-                    f"{annotation}, record {record}: its question alone fills max_length "
+                    f"{annotation}, record {record}: its question alone fills data.max_length "
                     f"{self._spec.max_length}"
                 )
         return told

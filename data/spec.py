@@ -21,10 +21,16 @@ class DataSpec:
     template: str = "v1"  # a row of data.conversation.TEMPLATES
     aspect: Literal["square", "pad"] = "pad"
     max_length: int = 2048  # tokens of one sequence, image patches included
-    group_by: Literal["none", "length", "modality"] = "modality"
-    packing: bool = False  # samples packed into sequences of max_length
+    group_by: Literal["none", "length", "modality"] = "modality"  # of no effect with packing
+    packing: bool = False  # samples packed into sequences; global_batch and micro_batch then count sequences
+    pack_length: int = 0  # tokens of a packed sequence; 0: max_length
     workers: int = 4  # loader threads or processes a rank
     bad_samples: int = 0  # unreadable samples a run may replace before it stops
+
+    @property
+    def capacity(self) -> int:
+        """Tokens of a packed sequence; 0 without packing."""
+        return (self.pack_length or self.max_length) if self.packing else 0
 
     def check(self) -> Iterator[Complaint]:
         from data.catalog import DATASETS, GROUPS
@@ -49,6 +55,14 @@ class DataSpec:
                     yield f"mix.{name}", f"weight {weight} is not above 0", "leave the dataset out"
         if self.max_length < 2:
             yield "max_length", f"{self.max_length}: a sequence needs at least 2 tokens", ""
+        if self.pack_length and not self.packing:
+            yield "pack_length", "nothing is packed", "say packing: true, or leave pack_length out"
+        elif self.pack_length and self.pack_length < self.max_length:
+            yield (
+                "pack_length",
+                f"{self.pack_length} is under max_length ({self.max_length}): the longest sample must fit in",
+                f"say {4 * self.max_length}, or lower max_length",
+            )
         if self.workers < 0:
             yield "workers", f"{self.workers} is below 0", "say 0 to load in the training process"
         if self.bad_samples < 0:

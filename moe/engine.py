@@ -61,6 +61,7 @@ class Engine:
         self.step = 0
         self.skipped = 0  # steps in a row without an update, for gradients that were not finite
         self.device = parallel.device()
+        self.patches = getattr(getattr(vlm, "vision", None), "patches", 1)  # token slots of an image
         if not any(parameter.requires_grad for parameter in vlm.parameters()):
             raise EngineError(
                 "The model has no trainable parameter. Name the parts to train (moe.vlm.train_only) first."
@@ -96,11 +97,12 @@ class Engine:
 
         Returns what all ranks saw together: loss, ce (mean over supervised tokens), aux (mean over
         micro-batches of the sum over layers), lr, grad_norm (before clipping), tokens (supervised), samples,
-        padding (share of token slots), and moe/layer{i}/counts. A step in which no rank has a supervised
+        padding (share of token slots, an
+        image's patches counted), and moe/layer{i}/counts. A step in which no rank has a supervised
         token, or whose gradients are not finite, changes no weight.
         """
         tokens, samples, filled, slots = self.groups.total(
-            *(sum(column) for column in counted(micro_batches))
+            *(sum(column) for column in counted(micro_batches, self.patches))
         )
         lr = self._set_rate()
         seen = {"lr": lr, "tokens": int(tokens), "samples": int(samples), "padding": 1 - filled / slots}

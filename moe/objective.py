@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-IGNORED = -100  # a label that is not learnt
+IMAGE, IGNORED = -200, -100  # where an image goes; a label that is not learnt
 
 
 class Objective(nn.Module):
@@ -42,9 +42,19 @@ class Objective(nn.Module):
         return ce * self.ce_scale + router * self.router_scale
 
 
-def counted(micro_batches: Sequence[Mapping[str, Tensor]]) -> list[list[int]]:
-    """This rank's supervised tokens, samples, filled and all token slots, one number a micro-batch."""
+def counted(micro_batches: Sequence[Mapping[str, Tensor]], patches: int = 1) -> list[list[int]]:
+    """This rank's supervised tokens, samples, filled and all token slots, one number a micro-batch.
+
+    An image takes `patches` slots; of packed sequences the samples in them are counted.
+    """
     tokens = [int((batch["labels"][:, 1:] != IGNORED).sum()) for batch in micro_batches]
-    samples = [len(batch["input_ids"]) for batch in micro_batches]
-    filled = [int(batch["attention_mask"].sum()) for batch in micro_batches]
-    return [tokens, samples, filled, [batch["attention_mask"].numel() for batch in micro_batches]]
+    samples = [
+        int(batch["segments"].amax(1).sum()) if "segments" in batch else len(batch["input_ids"])
+        for batch in micro_batches
+    ]
+    lengths = [
+        batch["attention_mask"].sum(1) + (batch["input_ids"] == IMAGE).sum(1) * (patches - 1)
+        for batch in micro_batches
+    ]
+    slots = [int(length.max()) * len(length) for length in lengths]
+    return [tokens, samples, [int(length.sum()) for length in lengths], slots]

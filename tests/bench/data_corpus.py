@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -40,8 +41,11 @@ def say(rng: random.Random, words: int) -> str:
     return " ".join(WORDS[at : at + words])
 
 
-def records(path: Path, count: int, seed: int = 0) -> None:
-    """An annotation file of `count` records, written as it is made."""
+def records(path: Path, count: int, seed: int = 0, distinct: bool = False) -> None:
+    """An annotation file of `count` records, written as it is made; `distinct` gives each a picture of its own.
+
+    Those are further names of the same few files, beside them: they take no room on the disk.
+    """
     rng = random.Random(seed)
     with path.open("w") as file:
         for at in range(count):
@@ -55,7 +59,13 @@ def records(path: Path, count: int, seed: int = 0) -> None:
                 )
                 head = "" if alone or turn else "<image>\n"
                 turns += [{"from": "human", "value": head + question}, {"from": "gpt", "value": answer}]
-            image = {} if alone else {"image": f"pictures/{at % PICTURES:03d}.jpg"}
+            name = f"pictures/{at % PICTURES:03d}.jpg"
+            if distinct and not alone:
+                own = f"pictures/{at // 1000:05d}/{at:08d}.jpg"
+                (path.parent / own).parent.mkdir(exist_ok=True)
+                os.link(path.parent / name, path.parent / own)
+                name = own
+            image = {} if alone else {"image": name}
             file.write("[\n" if not at else ",\n")
             json.dump({"id": f"{at:012d}", **image, "conversations": turns}, file)
         file.write("\n]\n")
