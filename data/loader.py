@@ -285,7 +285,7 @@ class Loader:
                 told.append(f"{annotation}, record {fault.record} (id {fault.id or 'none'}): {fault.why}")
             for record in long:
                 told.append(
-                    f"{annotation}, record {record}: its question alone fills data.max_length "
+                    f"{annotation}, record {record}: its question alone fills max_length "
                     f"{self._spec.max_length}"
                 )
         return told
