@@ -203,7 +203,7 @@ def test_steps_on_packed_sequences_are_steps_on_their_samples(done: list[dict[st
         same = ("tokens", "samples", "lr", "moe/layer0/counts")
         assert [one[key] for key in same] == [two[key] for key in same]
         assert one["samples"] >= 16  # in 8 sequences
-        assert one["padding"] < two["padding"] / 2
+        assert one["padding"] < two["padding"]
 
 
 def test_a_packed_run_that_was_stopped_ends_as_one_that_was_not(done: list[dict[str, Any]]) -> None:
