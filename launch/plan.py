@@ -155,6 +155,8 @@ def identity_of(spec: dict[str, Any], above: str = "") -> dict[str, Any]:
             found |= identity_of(value, path + ".") if value else {path: value}
         else:
             found[path] = value
+    if not above and not found.get("train.lora.rank"):
+        found = {path: value for path, value in found.items() if not path.startswith("train.lora.")}
     if not above and not STAGES[spec["stage"]].sparse:
         # A dense stage is the same run whatever an inherited file says of experts.
         found = {path: value for path, value in found.items() if not path.startswith("moe.")}

@@ -185,6 +185,12 @@ class ExperimentSpec:
                 f"stage {self.stage} starts from the backbone's own weights",
                 "leave init_from out",
             )
+        if self.train.lora.rank and not stage.adapts:
+            yield (
+                "train.lora.rank",
+                f"stage {self.stage} trains {', '.join(stage.trains)} alone: there is nothing to adapt",
+                "leave train.lora to the stages after it",
+            )
         if stage.template and self.data.template != stage.template:
             yield "data.template", f"stage {self.stage} is trained with the template {stage.template}", ""
         if self.train.offload and self.train.zero == 0:

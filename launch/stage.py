@@ -22,7 +22,7 @@ from launch.reader import Layers
 from launch.record import RunFolder, read_json, write_json
 from launch.rendezvous import meet
 from launch.spec import ExperimentSpec
-from moe import backbones, vlm
+from moe import backbones, lora, vlm
 from moe.checkpoint import Checkpoint, Checkpoints, load_weights
 from moe.engine import Engine
 from moe.parallel import Groups
@@ -91,7 +91,7 @@ def run_stage(folder: RunFolder, place: Place, warned: Callable[[], bool]) -> st
             "by itself: put a checkpoint back, or remove the folder to train it anew"
         )
     model = _model(spec, len(tokenizer), None if resumed else parent, groups)
-    counts = vlm.train_only(model, stage.trains)
+    counts = vlm.train_only(model, stage.parts(lora=spec.train.lora.rank > 0))
     vision = backbones.vision(spec.model)
     image = ImageFormat(vision.size, vision.mean, vision.std, vision.resize)
     loader = Loader(
@@ -207,12 +207,15 @@ def _tokenizer(
 def _model(
     spec: ExperimentSpec, vocabulary: int, parent: tuple[RunFolder, dict[str, Any]] | None, groups: Groups
 ) -> vlm.VLM:
-    """The stage's model: the backbone, with the parent's weights over it, and its FFNs made sparse."""
+    """The stage's model: the backbone, the parent's weights over it with its adapters merged, adapters, sparse FFNs."""
     dtype = torch.bfloat16 if spec.train.precision == "bf16" else torch.float32
     model = vlm.build(spec.model, vocab_size=vocabulary, seed=spec.seed, dtype=dtype)
     if parent:
         path = handoff.check(parent[0], parent[1], digests=groups.rank == 0)
+        lora.add(model, lora.told(read_json(parent[0].spec_file) or {}), sparse=False, seed=0)
         load_weights(path, model, Groups.single())  # what stages start from is dense, the same on every rank
+        lora.merge(model)
+    lora.add(model, spec.train.lora, sparse=STAGES[spec.stage].sparse, seed=spec.seed + 3)
     if STAGES[spec.stage].sparse:
         upcycle(model, spec.moe, groups, spec.seed)
     return model

@@ -16,15 +16,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moe.spec import LoraSpec
+
 WEIGHTS = ("gate", "up", "down")  # as nn.Linear stores them: [e, out, in]
 
 
 class Experts(nn.Module):
-    """e times `down(act(up x))`, or with a gate `down(act(gate x) * up x)`; with biases or without."""
+    """e times `down(act(up x))`, or with a gate `down(act(gate x) * up x)`; with biases or without.
 
-    def __init__(self, weights: dict[str, Tensor], activation: Callable[[Tensor], Tensor]) -> None:
+    Each weight may have LoRA's two factors beside it: `up_lora_a` [e, rank, in] and `up_lora_b` [e, out, rank].
+    """
+
+    def __init__(
+        self,
+        weights: dict[str, Tensor],
+        activation: Callable[[Tensor], Tensor],
+        lora: LoraSpec | None = None,
+    ) -> None:
         super().__init__()
-        self.activation = activation
+        self.activation, self.lora = activation, lora
         self.gate: nn.Parameter | None = None
         self.up_bias: nn.Parameter | None = None
         self.down_bias: nn.Parameter | None = None
@@ -34,11 +44,11 @@ class Experts(nn.Module):
             setattr(self, name, nn.Parameter(weight))
 
     @staticmethod
-    def of(dense: nn.Module, total: int, offset: int, held: int) -> Experts:
+    def of(dense: nn.Module, total: int, offset: int, held: int, lora: LoraSpec | None = None) -> Experts:
         """`held` copies of a dense FFN of transformers, as experts offset, offset + 1, ... of `total`."""
         weights, activation = dense_weights(dense)
         copies = {name: w.detach()[None].repeat(held, *[1] * w.dim()) for name, w in weights.items()}
-        experts = Experts(copies, activation)
+        experts = Experts(copies, activation, lora)
         for parameter in experts.parameters():
             mark(parameter, total, offset)
         return experts
@@ -53,19 +63,45 @@ class Experts(nn.Module):
 
             def multiply(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
                 return _grouped(x, weight, bias, load, ends)
-        elif rows.is_cuda:
+        elif rows.is_cuda or self.lora is not None:
             load = torch.tensor(load_e, device=rows.device)
             return self.forward(rows, load)
         else:
             weights = (self.up, self.gate, self.down, self.up_bias, self.down_bias)
             done = OneByOne.apply(rows, *weights, load_e, self.activation)  # type: ignore[no-untyped-call]
             return cast(Tensor, done)
-        inner = multiply(rows, self.up, self.up_bias)
-        if self.gate is not None:
-            inner = self.activation(multiply(rows, self.gate, None)) * inner
-        else:
-            inner = self.activation(inner)
-        return multiply(inner, self.down, self.down_bias)
+
+        def linear(x: Tensor, name: str) -> Tensor:
+            y = multiply(x, getattr(self, name), getattr(self, f"{name}_bias", None))
+            factors = self.factors(name)
+            if factors is None or self.lora is None:
+                return y
+            a, b = (_wide(factor, dim) for factor, dim in zip(factors, (1, 2), strict=True))
+            low = multiply(F.dropout(x, self.lora.dropout, self.training), a, None)
+            return y + multiply(low, b, None) * self.lora.scale
+
+        inner = linear(rows, "up")
+        inner = self.activation(inner) if self.gate is None else self.activation(linear(rows, "gate")) * inner
+        return linear(inner, "down")
+
+    def factors(self, name: str) -> tuple[Tensor, Tensor] | None:
+        """LoRA's factors of a weight: [e, rank, in] and [e, out, rank]."""
+        if not hasattr(self, f"{name}_lora_a"):
+            return None
+        return getattr(self, f"{name}_lora_a"), getattr(self, f"{name}_lora_b")
+
+    @torch.no_grad()
+    def merge(self) -> None:
+        """Add LoRA's products to the weights and forget the factors."""
+        for name in WEIGHTS:
+            if (factors := self.factors(name)) is None or self.lora is None:
+                continue
+            weight = getattr(self, name)
+            added = torch.bmm(factors[1].float(), factors[0].float()) * self.lora.scale
+            weight.copy_(weight.float() + added)
+            delattr(self, f"{name}_lora_a")
+            delattr(self, f"{name}_lora_b")
+        self.lora = None
 
 
 class OneByOne(torch.autograd.Function):
@@ -191,8 +227,20 @@ def dense_weights(dense: Any) -> tuple[dict[str, Tensor], Callable[[Tensor], Ten
         if type(activation).__name__ in ("SiLU", "SiLUActivation"):
             activation = F.silu  # known by name below, for its slope
     found = {name: linear.weight for name, linear in weights.items()}
+    for name, linear in weights.items():
+        if hasattr(linear, "lora_A"):
+            found[f"{name}_lora_a"] = linear.lora_A["default"].weight
+            found[f"{name}_lora_b"] = linear.lora_B["default"].weight
     found |= {f"{name}_bias": linear.bias for name, linear in weights.items() if linear.bias is not None}
     return found, activation
+
+
+def _wide(factor: Tensor, dim: int) -> Tensor:
+    """A LoRA factor with a rank that is a multiple of 8: grouped products want rows of whole 16 bytes."""
+    missing = -factor.shape[dim] % 8
+    if not missing:
+        return factor
+    return F.pad(factor, (0, missing) if dim == 2 else (0, 0, 0, missing))
 
 
 def _batched(x_eSD: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

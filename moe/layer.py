@@ -42,7 +42,7 @@ class MoELayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""
         flat = x.reshape(-1, x.shape[-1])
-        traffic = self.traffic
+        traffic, self.traffic = self.traffic, None  # the pass's own: nothing of it stays behind
         real_T = traffic.real if traffic is not None else None
         if real_T is None:
             return self._sparse(flat, traffic).view_as(x)

@@ -144,6 +144,35 @@ class OptimSpec:
 
 
 @dataclass(frozen=True)
+class LoraSpec:
+    """Low-rank additions to frozen linear maps of the language model; the dropout is MoE-LLaVA's (train.py)."""
+
+    rank: int = 0  # 0: none, weights themselves train; the reference's is 128
+    alpha: float = 0.0  # the addition is scaled by alpha / rank; 0: twice the rank, as the reference
+    dropout: float = 0.05
+    targets: str | tuple[str, ...] = (
+        "auto"  # ffn, all, or names of linear maps; auto: ffn in stage moe, else all
+    )
+
+    @property
+    def scale(self) -> float:
+        """What the product of the two factors is multiplied with."""
+        return self.alpha / self.rank if self.alpha else 2.0
+
+    def check(self) -> Iterator[Complaint]:
+        if self.rank < 0:
+            yield "rank", f"{self.rank} is below 0", "say 0 for no LoRA"
+        if self.alpha < 0:
+            yield "alpha", f"{self.alpha} is below 0", "say 0 for twice the rank"
+        if not 0 <= self.dropout < 1:
+            yield "dropout", f"{self.dropout} is no share of the inputs", "say 0.05"
+        if isinstance(self.targets, str) and self.targets not in ("auto", "ffn", "all"):
+            yield "targets", f"{self.targets!r} is none of auto, ffn, all and no list of linear maps", ""
+        if not self.targets:
+            yield "targets", "names no linear map", "say auto, or leave train.lora out"
+
+
+@dataclass(frozen=True)
 class TrainSpec:
     steps: int = 0  # optimizer steps; 0: as many as `epochs` need
     epochs: float = 1.0
@@ -158,6 +187,7 @@ class TrainSpec:
     keep: int = 2  # complete checkpoints kept
     log_every: int = 1  # steps
     optim: OptimSpec = field(default_factory=OptimSpec)
+    lora: LoraSpec = field(default_factory=LoraSpec)
 
     def check(self) -> Iterator[Complaint]:
         for key in ("global_batch", "micro_batch", "save_every", "keep", "log_every"):

@@ -91,7 +91,7 @@ def _layer(
     return MoELayer(
         index,
         router,
-        Experts.of(dense, total, offset, held),
+        Experts.of(dense, total, offset, held, vlm.lora),
         dispatcher,  # type: ignore[arg-type]
         dense if spec.residual else None,
         coefficient,

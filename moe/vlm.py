@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from moe import backbones, weights
 from moe.parallel import Groups
 from moe.router import Traffic, balance
-from moe.spec import ModelSpec, MoESpec
+from moe.spec import LoraSpec, ModelSpec, MoESpec
 from moe.stages import Part
 
 IMAGE, IGNORE = -200, -100  # LLaVA's: where an image goes; a label that is not learnt
@@ -70,13 +70,14 @@ class Output:
 
 
 class VLM(nn.Module):
-    """`moe` is None until `moe.upcycle` has made FFNs sparse."""
+    """`moe` is None until `moe.upcycle` has made FFNs sparse, `lora` unless `moe.lora` has added adapters."""
 
     def __init__(self, spec: ModelSpec, language: Any, tower: Any, projector: nn.Module) -> None:
         super().__init__()
         self.spec, self.vision = spec, backbones.vision(spec)
         self.language, self.tower, self.projector = language, tower, projector
         self.moe: MoESpec | None = None
+        self.lora: LoraSpec | None = None
         self.groups = Groups.single()
 
     def train(self, mode: bool = True) -> VLM:
@@ -301,6 +302,7 @@ def build(spec: ModelSpec, *, vocab_size: int, seed: int, dtype: torch.dtype, fi
 
 _PARTS: tuple[tuple[str, Part], ...] = (  # the first that is found in a parameter's name names its part
     ("projector.", "projector"),
+    ("lora_", "adapters"),
     (".embed_tokens.", "embeddings"),
     (".lm_head.", "head"),
     (".self_attn.", "attention"),

@@ -198,7 +198,8 @@ def found(key: str, name: str, load: Callable[..., Any]) -> Any:
             logging.enable_progress_bar()
 
 
-def _folder(name: str) -> Path:
+def folder_of(name: str) -> Path:
+    """Where the files of a folder or of a model on the hub are."""
     if Path(name).is_dir():
         return Path(name)
     from huggingface_hub import snapshot_download
@@ -214,7 +215,7 @@ def _from_tensors(spec: ModelSpec, row: Language, config: Any, name: str, dtype:
         model = _causal(config, attention(spec, dtype), dtype)
     rename = qwen1_names if row.layout == "qwen1" else native_names
     state = {
-        new: part.to(dtype) for old, tensor in tensors(_folder(name)) for new, part in rename(old, tensor)
+        new: part.to(dtype) for old, tensor in tensors(folder_of(name)) for new, part in rename(old, tensor)
     }
     if config.tie_word_embeddings:
         state.setdefault("lm_head.weight", state.get("model.embed_tokens.weight"))

@@ -23,6 +23,7 @@ HOMES = {
     "wandb": {"launch/session.py"},
     "submitit": {"launch/script.py", "launch/local.py"},
     "tutel": {"moe/dispatch.py"},
+    "peft": {"moe/lora.py"},
     "yaml": {"launch/reader.py", "launch/text.py", "launch/nodes.py", "launch/faults.py"},
     "matplotlib": {"launch/report.py", "launch/pages.py", "moe/pictures.py"},
 }
