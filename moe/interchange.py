@@ -16,6 +16,7 @@ import torch
 
 from moe import backbones, lora
 from moe.adapters import InterchangeError
+from moe.layer import forget
 from moe.parallel import Groups
 from moe.reference import load_moe_llava
 from moe.spec import ModelSpec, MoESpec
@@ -112,6 +113,7 @@ def export_hf(source: VLM | Path | str, folder: Path | str, tokenizer: Any = Non
             "from the checkpoint folder instead, on one process"
         )
     if vlm.lora is not None:
+        forget(vlm)
         vlm = copy.deepcopy(vlm)
         lora.merge(vlm)
     folder = Path(folder)

@@ -42,7 +42,7 @@ class MoELayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""
         flat = x.reshape(-1, x.shape[-1])
-        traffic, self.traffic = self.traffic, None  # the pass's own: nothing of it stays behind
+        traffic = self.traffic
         real_T = traffic.real if traffic is not None else None
         if real_T is None:
             return self._sparse(flat, traffic).view_as(x)
@@ -66,6 +66,13 @@ class MoELayer(nn.Module):
         beside_TD: Tensor = self.residual(x_TD)
         mixed: Tensor = y_TD * share_T2[:, :1] + beside_TD * share_T2[:, 1:]
         return mixed
+
+
+def forget(model: nn.Module) -> None:
+    """Let go of what the last pass told the layers: its tensors cannot be copied."""
+    for layer in model.modules():
+        if isinstance(layer, MoELayer):
+            layer.traffic = None
 
 
 def announce(decoder_layer: nn.Module) -> None:
