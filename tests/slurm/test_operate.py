@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = """\
 #!/bin/bash
 trap : TERM
-srun sh -c 'trap "exit 3" USR2; trap "exit $ON_TERM" TERM; touch up.$SLURM_JOB_ID; sleep 300 & wait'
+srun sh -c 'trap "exit 3" USR2; trap "exit ON_TERM" TERM; touch up.$SLURM_JOB_ID; sleep 300 & wait'
 [ $? = 3 ] || exit 0
 trap '' TERM
 scontrol requeue ${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
@@ -39,10 +39,16 @@ def states(slurm: PrivateSlurm, root: Path) -> dict[str, tuple[str, str]]:
     return {row["run"]: (row["name"], row["reason"]) for row in rows}
 
 
-def batch(slurm: PrivateSlurm, root: Path, name: str, count: int, *options: str, parent: str = "") -> str:
-    """An array and the run folders that it is of."""
-    ours = (f"--array=0-{count - 1}", f"--comment={name}", "-n1", "--requeue", "--export=ALL,ON_TERM=0")
-    job = slurm.sbatch(SCRIPT, *ours, *options, cwd=root)
+def batch(
+    slurm: PrivateSlurm, root: Path, name: str, count: int, *options: str, parent: str = "", on_term: int = 0
+) -> str:
+    """An array and the run folders that it is of; `on_term` is what its steps exit with on SIGTERM.
+
+    It stands in the script: with --export=ALL,NAME=... slurmd first asks a login shell for the environment,
+    and a profile may take its time.
+    """
+    ours = (f"--array=0-{count - 1}", f"--comment={name}", "-n1", "--requeue")
+    job = slurm.sbatch(SCRIPT.replace("ON_TERM", str(on_term)), *ours, *options, cwd=root)
     place = root / "batches" / name
     write_json(place / "batch.json", {"state": "submitted", "token": name, "job": job})
     for index in range(count):
@@ -119,7 +125,7 @@ def test_a_job_requeues_itself_where_the_site_cancels_what_it_preempts(
 ) -> None:
     """PreemptMode=CANCEL, JobRequeue=0, GraceTime=0: SLURM would not; the dying job still may, in its KillWait."""
     slurm = private_slurm(nodes=1, preempt="CANCEL", requeue=False, kill_wait=20)
-    job = batch(slurm, tmp_path, "a", 1, "--exclusive", "--partition=main", "--export=ALL,ON_TERM=3")
+    job = batch(slurm, tmp_path, "a", 1, "--exclusive", "--partition=main", on_term=3)
     slurm.wait(lambda: list(tmp_path.glob("up.*")), 30)
     urgent = slurm.sbatch("#!/bin/sh\n:\n", "--partition=urgent", "--exclusive", "-N1")
     slurm.wait_state(urgent, "COMPLETED", timeout=60)
