@@ -121,9 +121,16 @@ class ExperimentSpec:
         return min(self.gpus, self.cluster.gpus_per_node)
 
     @property
+    def micro_batch(self) -> int:
+        """Samples of one rank in a forward pass: the most that divide its share, up to train.micro_batch."""
+        share = self.train.global_batch // self.gpus
+        most = min(self.train.micro_batch, share)
+        return next(size for size in range(most, 0, -1) if share % size == 0)
+
+    @property
     def accumulation(self) -> int:
         """Forward passes of one rank in an optimizer step."""
-        return self.train.global_batch // (self.train.micro_batch * self.gpus)
+        return self.train.global_batch // (self.micro_batch * self.gpus)
 
     def check(self) -> Iterator[Complaint]:
         """Faults that only the sections together show; `field` is a path from the top."""
@@ -146,18 +153,12 @@ class ExperimentSpec:
                 f"gpus ({self.gpus}) is more than the {per_node} ranks of this one machine",
                 "raise cluster.gpus_per_node, or choose a SLURM cluster",
             )
-        batch = self.train.micro_batch * self.gpus
-        if self.train.global_batch % batch:
-            whole = self.train.global_batch // batch * batch
-            least = min(self.train.micro_batch, 1024)
-            fits = [n for n in range(least, 0, -1) if self.train.global_batch % (n * self.gpus) == 0]
+        if over := self.train.global_batch % self.gpus:
+            whole = self.train.global_batch - over
             yield (
                 "train.global_batch",
-                f"train.global_batch ({self.train.global_batch}) must be a multiple of micro_batch x gpus "
-                f"({self.train.micro_batch} x {self.gpus} = {batch})",
-                f"train.micro_batch={fits[0]} would fit"
-                if fits
-                else f"say {f'{whole} or ' * bool(whole)}{whole + batch}",
+                f"train.global_batch ({self.train.global_batch}) is no multiple of gpus ({self.gpus})",
+                f"say {f'{whole} or ' * bool(whole)}{whole + self.gpus}",
             )
         stage = STAGES[self.stage]
         if stage.sparse:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -99,14 +100,15 @@ def run_stage(folder: RunFolder, place: Place, warned: Callable[[], bool]) -> st
         tokenizer,
         image,
         vision.patches,
-        micro_batch=spec.train.micro_batch,
+        micro_batch=spec.micro_batch,
         accumulation=spec.accumulation,
         rank=groups.rank,
         world=groups.world,
         seed=spec.seed,
     )
     steps = spec.train.steps or max(1, int(loader.samples * spec.train.epochs) // spec.train.global_batch)
-    engine = Engine(model, spec.train, groups, total_steps=steps, moe=spec.moe if stage.sparse else None)
+    train = replace(spec.train, micro_batch=spec.micro_batch)
+    engine = Engine(model, train, groups, total_steps=steps, moe=spec.moe if stage.sparse else None)
     start_step = 0
     if resumed:
         extra = checkpoints.restore(resumed, engine)

@@ -177,7 +177,7 @@ class TrainSpec:
     steps: int = 0  # optimizer steps; 0: as many as `epochs` need
     epochs: float = 1.0
     global_batch: int = 128  # samples per optimizer step, over all ranks; with data.packing, sequences
-    micro_batch: int = 8  # samples per forward pass on one rank
+    micro_batch: int = 8  # samples per forward pass on one rank, at most
     precision: Literal["bf16", "fp32"] = "bf16"
     zero: int = 2  # DeepSpeed ZeRO stage
     offload: bool = False  # optimizer on the CPU

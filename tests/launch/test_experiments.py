@@ -63,7 +63,7 @@ def test_a_full_experiment_is_trained_as_in_the_reference(path: Path) -> None:
     data, train, optim = spec.data, spec.train, spec.train.optim
     assert (data.mix, data.aspect, data.group_by, data.max_length) == (mix, aspect, group_by, 2048)
     assert data.template == ("plain" if spec.stage == "align" else LANGUAGE[spec.model.backbone].template)
-    assert (spec.gpus, train.global_batch, train.micro_batch) == (8, global_batch, micro_batch)
+    assert (spec.gpus, train.global_batch, spec.micro_batch) == (8, global_batch, micro_batch)
     assert spec.accumulation * micro_batch * 8 == global_batch
     assert (train.epochs, train.steps, train.precision, train.zero, train.recompute) == (
         1,

@@ -50,7 +50,7 @@ def tokenizer(root: Path) -> Any:
 def loader(spec: ExperimentSpec, groups: Groups) -> Loader:
     seen = backbones.vision(spec.model)
     image = ImageFormat(seen.size, seen.mean, seen.std, seen.resize)
-    batch = {"micro_batch": spec.train.micro_batch, "accumulation": spec.accumulation}
+    batch = {"micro_batch": spec.micro_batch, "accumulation": spec.accumulation}
     place = {"rank": groups.rank, "world": groups.world, "seed": spec.seed}
     return Loader(spec.data, tokenizer(Path(spec.data.root)), image, seen.patches, **batch, **place)
 

@@ -119,8 +119,8 @@ MISTAKES = [
     (
         "global_batch: 128",
         "global_batch: 100",
-        "train.global_batch (100) must be a multiple",
-        "say 64 or 128",
+        "train.global_batch (100) is no multiple of gpus (16)",
+        "say 96 or 112",
     ),
     ("recompute: true", "recompute: yes", "expected true or false, got 'yes'", "write true"),
     ("    lr: 2e-5", "    learning_rate: 2e-5", "learning_rate: no such setting", "did you mean 'lr'?"),
@@ -272,10 +272,23 @@ def test_a_fault_of_an_inherited_value_points_into_the_file_that_set_it() -> Non
     first, second = faults(text)
     assert first.startswith("x.yaml:3:7: error: gpus (30) does not fill nodes of 8 (h100)\n")
     assert second.startswith(
-        "base.yaml:4:17: error: train.global_batch (128) must be a multiple of micro_batch x gpus "
-        "(8 x 30 = 240)\n"
+        "base.yaml:4:17: error: train.global_batch (128) is no multiple of gpus (30)\n"
         "    4 |   global_batch: 128\n"
     )
+
+
+@pytest.mark.parametrize(
+    ("gpus", "micro_batch", "accumulation"),
+    [(8, 8, 2), (16, 8, 1), (32, 4, 1), (64, 2, 1), (128, 1, 1)],
+)
+def test_more_gpus_take_smaller_micro_batches(gpus: int, micro_batch: int, accumulation: int) -> None:
+    spec = load(ALIGN, f"gpus={gpus}", "train={global_batch: 128, micro_batch: 8}")
+    assert (spec.micro_batch, spec.accumulation) == (micro_batch, accumulation)
+
+
+def test_a_micro_batch_is_the_most_that_divides_a_ranks_share() -> None:
+    spec = load(ALIGN, "gpus=8", "train={global_batch: 96, micro_batch: 8}")  # 12 a rank
+    assert (spec.micro_batch, spec.accumulation) == (6, 2)
 
 
 # What each section says of itself, and what only the sections together know.
@@ -292,7 +305,7 @@ COMPLAINTS = [
     ("cluster={executor: local, gpus_per_node: 4}", "gpus (8) is more than the 4 ranks of this one machine"),
     ("name=../x", "name: '../x' cannot name a folder of runs"),
     ("gpus=0", "gpus: 0: a run needs at least one rank"),
-    ("gpus=64", "train.global_batch (128) must be a multiple of micro_batch x gpus (8 x 64 = 512)"),
+    ("gpus=256", "train.global_batch (128) is no multiple of gpus (256)"),
     ("stage=instruct", "init_from: stage instruct starts from the handoff of stage align"),
     ("init_from=x", "init_from: stage align starts from the backbone's own weights"),
     ("data.template=v1", "data.template: stage align is trained with the template plain"),
