@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from launch import cluster
+from launch.arrays import shares
 from launch.exits import FAILED, NO_SLURM, OK, USAGE
 from launch.logs import complain
 from launch.record import RunFolder
@@ -140,19 +141,23 @@ def throttle(chosen: Sequence[RunFolder], options: argparse.Namespace) -> int:
     seen = look(chosen, options.runs)
     if seen.why:
         return _slurm(f"{seen.why}; nothing was changed")
-    arrays: dict[str, Line] = {}
+    found: dict[str, list[Line]] = {}
     for line in seen.lines:
         if line.batch and line.state.name in ENDABLE:
-            arrays.setdefault(line.batch, line)
-    if not arrays:
+            found.setdefault(line.batch, []).append(line)
+    if not found:
         return _said(options, [], "nothing to throttle: none of these runs is running or queued")
-    for array in arrays:
+    stages: dict[str, dict[str, int]] = {}
+    for array, lines in found.items():  # one experiment's sweep may be several arrays
+        stages.setdefault(lines[0].name.rpartition("/")[0], {})[array] = len(lines)
+    limits = {a: n for sizes in stages.values() for a, n in shares(options.limit, sizes).items()}
+    for array, limit in limits.items():
         try:
-            cluster.call("scontrol", "update", f"JobId={array}", f"ArrayTaskThrottle={options.limit}")
+            cluster.call("scontrol", "update", f"JobId={array}", f"ArrayTaskThrottle={limit}")
         except cluster.SlurmError as error:
             return _slurm(f"array {array}: {error}")
-    limit = f"at most {options.limit} at a time" if options.limit else "no limit"
-    return _said(options, list(arrays.values()), "\n".join(f"array {array}: {limit}" for array in arrays))
+    said = [f"array {a}: {f'at most {n} at a time' if n else 'no limit'}" for a, n in limits.items()]
+    return _said(options, [lines[0] for lines in found.values()], "\n".join(said))
 
 
 def _slurm(words: str) -> int:

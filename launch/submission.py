@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from launch import cluster, script
+from launch import arrays, cluster, script
 from launch.plan import Plan, Run, StagePlan, plain, runs_folder
 from launch.record import read_json, write_json, write_text
 from launch.status import OPEN, State, batch_of, state_of
@@ -31,6 +31,11 @@ class Batch:
     runs: tuple[Run, ...]
     dependency: str  # as in --dependency=, empty for none
     token: str
+    offset: int = 0  # an element is its run's index less this
+
+    def element(self, run: Run) -> int:
+        """The run's index in this array."""
+        return run.index - self.offset
 
     @property
     def folder(self) -> Path:
@@ -38,7 +43,7 @@ class Batch:
 
     def script(self, code: Path) -> str:
         """The sbatch script."""
-        indices = [run.index for run in self.runs]
+        indices = [self.element(run) for run in self.runs]
         name = self.stage.experiment.name.replace("/", "-")
         return script.script(self.stage.spec, name, indices, self.folder, code, self.token)
 
@@ -67,30 +72,6 @@ def token_of(runs: Sequence[Run], folder: Path) -> str:
     return f"{base}-{attempt}"
 
 
-def batches(
-    stage: StagePlan, runs: Sequence[Run], jobs: Mapping[str, str]
-) -> Iterator[tuple[tuple[Run, ...], str]]:
-    """The runs in arrays, each with its dependency; `jobs` has the element of each parent that is still to finish.
-
-    One parent for all: afterok on its element. Parents at the same indices of one array: aftercorr, element by
-    element. What a partial resubmission leaves over falls into an array a parent.
-    """
-    groups: dict[str, list[Run]] = {}
-    parents = {run.parent.name for run in runs if run.parent}
-    for run in runs:
-        element = jobs.get(run.parent.name, "") if run.parent else ""
-        array, _, index = element.partition("_")
-        if not element:
-            dependency = ""
-        elif len(parents) > 1 and index == str(run.index):
-            dependency = f"aftercorr:{array}"
-        else:
-            dependency = f"afterok:{element}"
-        groups.setdefault(dependency, []).append(run)
-    for dependency, members in groups.items():
-        yield tuple(members), dependency
-
-
 def adopt(folder: Path, queue: Mapping[str, cluster.Job]) -> None:
     """Find the jobs of batches whose submitter died before it could write down their ids."""
     by_token = {job.comment: job.id.partition("_")[0] for job in queue.values() if job.comment}
@@ -112,14 +93,14 @@ def prepare(batch: Batch, code: Path) -> None:
         {
             "version": 1,
             "code": str(code),
-            "runs": {str(run.index): str(run.folder.path) for run in batch.runs},
+            "runs": {str(batch.element(run)): str(run.folder.path) for run in batch.runs},
         },
     )
     if batch.stage.spec.cluster.executor == "slurm":
         write_text(batch.folder / "script.sbatch", batch.script(code))
     write_json(batch.folder / "batch.json", {"state": "intent", "token": batch.token})
     for run in batch.runs:
-        run.folder.note("submitting", batch=str(batch.folder), index=run.index, code=code.name)
+        run.folder.note("submitting", batch=str(batch.folder), index=batch.element(run), code=code.name)
 
 
 def send(batch: Batch, lock: int) -> str:
@@ -195,17 +176,32 @@ def submit(plan: Plan, code: Path) -> Iterator[tuple[Batch, str]]:
         adopt(root, queue)
         states = states_of(plan, queue)
         jobs = elements((*plan.earlier, *plan.stages), states)
+        size = 0  # of an array, once SLURM has said that there is a limit
         for stage in plan.stages:
-            for runs, dependency in batches(stage, missing(stage, states), jobs):
-                batch = Batch(stage, runs, dependency, token_of(runs, root))
-                if dead := [states[run.name].job for run in runs if states[run.name].name == "blocked"]:
+            left = arrays.groups(missing(stage, states), jobs, size)
+            while left:
+                group = left.pop(0)
+                batch = Batch(stage, group.runs, group.dependency, token_of(group.runs, root), group.offset)
+                if dead := [states[run.name].job for run in group.runs if states[run.name].name == "blocked"]:
                     cluster.call("scancel", *dead)  # they wait for what has failed, and would wait for ever
                 prepare(batch, code)
-                for run in runs:
+                for run in group.runs:
                     if states[run.name].attempts:
                         run.folder.note("released")  # asked for anew, the run has its budgets anew
-                job = send(batch, lock)
-                jobs |= {run.name: f"{job}_{run.index}" for run in runs}
+                try:
+                    job = send(batch, lock)
+                except cluster.SlurmError as refusal:
+                    parts, most = arrays.smaller(group, str(refusal), size)
+                    if not parts and most == size:
+                        raise
+                    if most != size:
+                        size = most
+                        runs = [run for one in (group, *left) for run in one.runs]
+                        left = arrays.groups(runs, jobs, size)
+                    else:
+                        left = [*parts, *left]
+                    continue
+                jobs |= {run.name: f"{job}_{batch.element(run)}" for run in group.runs}
                 yield batch, job
 
 
@@ -213,10 +209,10 @@ def preview(plan: Plan, states: Mapping[str, State], code: Path) -> Iterator[Bat
     """The batches that `submit` would send now; stages not yet submitted stand in dependencies by their names."""
     jobs = elements((*plan.earlier, *plan.stages), states)
     for stage in plan.stages:
-        for runs, dependency in batches(stage, missing(stage, states), jobs):
-            yield Batch(stage, runs, dependency, token_of(runs, runs_folder(stage.spec)))
+        for group in arrays.groups(missing(stage, states), jobs):
+            yield Batch(stage, group.runs, group.dependency, token_of(group.runs, runs_folder(stage.spec)))
             name = stage.experiment.name.replace("/", "-").replace("_", "-")
-            jobs |= {run.name: f"<job of {name}>_{run.index}" for run in runs}
+            jobs |= {run.name: f"<job of {name}>_{run.index}" for run in group.runs}
 
 
 def host() -> str:

@@ -110,8 +110,8 @@ def main(arguments: list[str]) -> int:
     if verdict in ("finished", "cancelled") or restarted:
         return 0
     if again and not (said := requeue(element)):
-        # SLURM ends this script now. Leaving first would end the job before it is requeued.
-        time.sleep(30)
+        # What scontrol returns from is done; to stay would keep the nodes for KillWait, as SLURM's SIGTERM is ignored.
+        time.sleep(1)
         return 1
     elif again:
         folder.note(

@@ -207,7 +207,7 @@ class Artifact:
 class WandbServer:
     """`with WandbServer() as server: environment.update(server.environment(folder))`."""
 
-    def __init__(self) -> None:
+    def __init__(self, address: str = "127.0.0.1") -> None:
         self.runs: dict[str, Run] = {}
         self.artifacts: dict[str, Artifact] = {}
         self.manifests: dict[str, str] = {}  # id -> artifact id
@@ -218,9 +218,9 @@ class WandbServer:
         self.operations: list[str] = []
         self.down = False
         self.lock = threading.RLock()
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
+        self._http = ThreadingHTTPServer((address, 0), _handler(self))
         self._http.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self._http.server_address[1]}"
+        self.url = f"http://{address}:{self._http.server_address[1]}"
         self._thread = threading.Thread(target=self._http.serve_forever, args=(0.02,), daemon=True)
 
     def __enter__(self) -> WandbServer:
