@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, field
 
 from launch.status import BROKEN
@@ -55,13 +55,19 @@ def schedule(seed: int, count: int, total: int, kinds: list[Kind]) -> list[tuple
 
 
 def drive(
-    world: World, seed: int, count: int, *, seconds: float, say: Callable[[str], None] = print
+    world: World,
+    seed: int,
+    count: int,
+    *,
+    seconds: float,
+    only: Collection[str] = (),
+    say: Callable[[str], None] = print,
 ) -> Story:
-    """Submit, disturb, wait; raises nothing for what goes wrong, the story has it."""
+    """Submit, disturb, wait; raises nothing for what goes wrong, the story has it. `only`: these kinds of fault."""
     os.environ["SLURM_CONF"] = str(world.slurm.place.conf)  # for the queue, asked in this process
     chaos = Chaos(world, random.Random(seed))
     story = Story(seed, began=time.time())
-    kinds = list(chaos.kinds())
+    kinds = [kind for kind in chaos.kinds() if kind.name in only or not only]
     pending = schedule(seed, count, world.shape.total, kinds)
     broken: dict[str, float] = {}
     world.submit_and_die(chaos.dice.uniform(0.1, 1.5))
