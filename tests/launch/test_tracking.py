@@ -515,6 +515,8 @@ def test_an_account_is_a_key_or_a_line_in_netrc(monkeypatch: pytest.MonkeyPatch,
     (tmp_path / "netrc").write_text("machine api.wandb.ai login user password x\n")
     assert online.account("https://api.wandb.ai")
     assert not online.account("https://wandb.example.org")
+    (tmp_path / "netrc").write_text("machine wandb.example.org:8080 login user password x\n")
+    assert online.account("http://wandb.example.org:8080")  # as `wandb login` writes it
     monkeypatch.setenv("WANDB_API_KEY", "x")
     assert online.account("https://wandb.example.org")
 
