@@ -35,7 +35,9 @@ def account(url: str) -> bool:
     names = [os.environ["NETRC"]] if os.environ.get("NETRC") else ["~/.netrc", "~/_netrc"]
     for path in (Path(name).expanduser() for name in names):
         try:
-            if netrc.netrc(path).authenticators(urlparse(url).netloc):  # with the port: so writes `wandb login`
+            if netrc.netrc(path).authenticators(
+                urlparse(url).netloc
+            ):  # with the port: so writes `wandb login`
                 return True
         except (OSError, netrc.NetrcParseError):
             continue
