@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 DEBIAN := slurmctld slurmd slurm-client munge slurmdbd mariadb-server iproute2 chromium
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test lint clean
+.PHONY: demo test chaos lint clean
 
 demo: $(VENV)/demo
 	$(BIN)/python data/demo.py demo_data
@@ -14,6 +14,10 @@ demo: $(VENV)/demo
 
 test: $(VENV)/dev debian
 	$(BIN)/python -m pytest $(ARGS)
+
+# More than a hundred faults on a private SLURM, and what comes of it compared to the bit; half an hour and more.
+chaos: $(VENV)/dev slurm
+	$(BIN)/python -m tests.chaos.main $(ARGS)
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

@@ -43,6 +43,12 @@ script = pathlib.Path(sys.argv[-1]).read_text()
 comment = next(line.split("=", 1)[1] for line in script.splitlines() if line.startswith("#SBATCH --comment="))
 array = next(line.split("=", 1)[1] for line in script.splitlines() if line.startswith("#SBATCH --array="))
 spans = [part.partition("-") for part in array.partition("%")[0].split(",")]
+if mode.startswith("most "):
+    there = len((here / "queue").read_text().splitlines()) if (here / "queue").exists() else 0
+    if there + sum(int(last or first) + 1 - int(first) for first, _, last in spans) > int(mode.split()[1]):
+        (here / f"sent_{count}").rename(here / f"refused_{count}_{os.getpid()}")
+        sys.exit("sbatch: error: AssocMaxSubmitJobLimit\\nsbatch: error: Batch job submission failed: "
+                 "Job violates accounting/QOS policy (job submit limit, user's size and/or time limits)")
 with open(here / "queue", "a") as queue:
     for index in (i for first, _, last in spans for i in range(int(first), int(last or first) + 1)):
         queue.write(f"{100 + count}_{index}|PENDING|Priority||{comment}\\n")
@@ -63,7 +69,8 @@ print(queue.read_text() if queue.exists() else "", end="")
 def fake_slurm(folder: Path) -> Path:
     """An sbatch that answers as the real one and a squeue that shows what it took; put the folder first on PATH.
 
-    `mode` in the folder makes it refuse, lose its answer after taking the job, or kill the submitter.
+    `mode` in the folder makes it refuse, lose its answer after taking the job, kill the submitter, or take no
+    more than so many elements (`most N`).
     """
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in (("sbatch", SBATCH), ("squeue", SQUEUE)):

@@ -123,6 +123,30 @@ def test_a_submitter_killed_after_sbatch_leaves_a_job_that_the_next_one_adopts(
     ]
 
 
+def test_of_more_runs_than_an_account_may_submit_as_many_as_fit_are_and_the_rest_later(
+    tmp_path: Path, slurm: Path
+) -> None:
+    rates = ", ".join(f"{n}e-5" for n in range(1, 12))
+    file = chain.write(tmp_path, sweep3=f"sweep: {{train.optim.lr: [{rates}]}}\n")
+    (slurm / "mode").write_text("most 9")
+    full = submit(file, slurm=slurm)
+    assert full.returncode == 3
+    assert "AssocMaxSubmitJobLimit" in full.stderr
+    assert "repeat the command to go on from there" in full.stderr
+    assert len((slurm / "queue").read_text().splitlines()) == 9
+    (slurm / "mode").unlink()
+    assert submit(file, slurm=slurm).returncode == 0
+    assert "nothing to do" in submit(file, slurm=slurm).stdout
+    plans = [
+        json.loads((path.parent / "plan.json").read_text())["runs"]
+        for path in tmp_path.glob("runs/batches/*/batch.json")
+        if json.loads(path.read_text())["state"] == "submitted"
+    ]
+    assert sorted(Path(run).name for plan in plans for run in plan.values() if "/s3/" in run) == sorted(
+        f"lr={n}e-5" for n in range(1, 12)
+    )
+
+
 def test_twenty_submitters_at_once_send_one_set_of_jobs(tmp_path: Path, slurm: Path) -> None:
     file = chain.write(tmp_path)
     command = [sys.executable, str(ROOT / "launch" / "submit.py"), str(file)]
