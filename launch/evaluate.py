@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from data import images
 from data.conversation import prompt
 from data.loader import held_out
 from launch.record import RunFolder, write_json
+from launch.routing import routing
 from launch.spec import ExperimentSpec
 from moe.generate import answer
 from moe.parallel import Groups
@@ -51,6 +53,8 @@ def evaluate(
             else torch.empty(0, 3, image.size, image.size)
             for q in part
         ]
+        if start == 0:
+            routing(folder, model, prompts, pixels, groups, tracker)
         said += answer(model, tokenizer, prompts, pixels, max_new_tokens=longest + 2, groups=groups)
     gathered: list[Any] = [said]
     if groups.world > 1:
@@ -89,11 +93,18 @@ def evaluate(
     if groups.rank == 0:
         write_json(folder.eval_file, result)
         tracker.table(
-            "held_out",
-            ["picture", "question", "answer", "said"],
+            "held_out/answers",
+            ["picture", "kind", "question", "answer", "said", "right"],
             [
-                [(row["images"] or [""])[0], row["question"], row["answer"], row["said"]]
-                for row in result["answers"][:64]
+                [
+                    [Path(path) for path in row["images"]],
+                    *(row[key] for key in ("kind", "question", "answer", "said")),
+                    ok,
+                ]
+                for row, ok in list(zip(result["answers"], right, strict=True))[:64]
             ],
+        )
+        tracker.summary(
+            {"held_out": {key: result[key] for key in ("questions", "accuracy", "majority", "by_kind")}}
         )
     return result

@@ -204,16 +204,21 @@ def scalars(row: Mapping[str, Any], limit: int = 100) -> dict[str, float | int |
     """What a dashboard shows of a row: at most `limit` values, each with a name that groups it.
 
     Plain names get the prefix `train/`. Token counts of experts (`moe/layer3/counts`) become `max_share`,
-    `min_share` and `entropy` of the layer and of all layers together; where the layers' values do not fit
-    into `limit`, they are shown for every tenth step only. Other lists are left to metrics.jsonl.
+    `min_share` and `entropy` of the layer and of all layers together, as do shares of dropped choices; where
+    the layers' values do not fit into `limit`, they are shown for every tenth step only. Other lists are left
+    to metrics.jsonl.
     """
     values: dict[str, float | int | str] = {}
     layers: dict[str, float] = {}
     stats: list[tuple[float, float, float]] = []
+    lost: list[float] = []
     for key, value in row.items():
         if key in ("step", "time"):
             continue
-        if isinstance(value, (int, float)) or (isinstance(value, str) and len(value) <= 200):
+        if key.startswith("moe/layer") and key.endswith("/dropped"):
+            layers[key] = float(value)
+            lost.append(layers[key])
+        elif isinstance(value, (int, float)) or (isinstance(value, str) and len(value) <= 200):
             values[key if "/" in key else f"train/{key}"] = value
         elif key.endswith("/counts") and isinstance(value, list) and value:
             stats.append(loads(value))
@@ -225,6 +230,8 @@ def scalars(row: Mapping[str, Any], limit: int = 100) -> dict[str, float | int |
         values["moe/max_share"] = max(most for most, _, _ in stats)
         values["moe/min_share"] = min(least for _, least, _ in stats)
         values["moe/entropy"] = sum(entropy for _, _, entropy in stats) / len(stats)
+    if lost:
+        values["moe/dropped"] = sum(lost) / len(lost)
     if len(values) + len(layers) <= limit or row["step"] % 10 == 0:
         values |= layers
     return dict(list(values.items())[: max(limit, len(layers) + 20)])

@@ -16,10 +16,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+from launch import ledger, sampler
 from launch import session as client
 from launch.metrics import Reader
 from launch.online import Lock, account, reachable
-from launch.record import read_json, read_lines, write_json
+from launch.record import RunFolder, read_json, read_lines, write_json
+from launch.status import State
 from launch.sync import delivered
 
 TICK_SECONDS = 1.0
@@ -27,6 +29,8 @@ BEAT_SECONDS = 5.0
 RETRY_SECONDS = 300.0  # between looks whether the server is back
 ORDERS_SECONDS = 60.0  # between looks at the run's tags
 CHECK_SECONDS = 600.0  # between looks whether the server takes the rows
+LEDGER_SECONDS = 300.0  # between counts of where the time went
+NODES_SECONDS = 15.0  # between looks at the nodes' samples
 
 
 class Mirror:
@@ -47,6 +51,8 @@ class Mirror:
         self._seen: set[str] = set()  # keys of wanted.jsonl that this session has dealt with
         self._sent: list[str] = []  # and those that count when the session has ended well
         self._next_try = self._next_check = self._next_beat = self._next_orders = 0.0
+        self._next_ledger = time.monotonic() + LEDGER_SECONDS
+        self._next_nodes = 0.0
         self._reached = -1  # the step the server should have by the next check
 
     def live(self) -> None:
@@ -115,7 +121,7 @@ class Mirror:
         session = self.session
         assert session is not None
         for row in self.reader:
-            session.log(row)
+            session.log(row | self.beside())
         for item in read_lines(self.folder / "wandb" / "wanted.jsonl"):
             key = item["key"]
             if key in self._seen or key in self.state["held"]:
@@ -131,6 +137,24 @@ class Mirror:
             except Exception as error:
                 # Lineage is completed afterwards: by the next attempt or the syncer.
                 self.say(f"{item['kind']} {item['name']}: {type(error).__name__}: {error}")
+
+    def beside(self) -> dict[str, float]:
+        """What goes along with the next row now and then: where the time went, and the load of the nodes."""
+        found: dict[str, float] = {}
+        if time.monotonic() > self._next_ledger:
+            self._next_ledger = time.monotonic() + LEDGER_SECONDS
+            found |= self.spent()
+        if time.monotonic() > self._next_nodes:
+            self._next_nodes = time.monotonic() + NODES_SECONDS
+            for node, sample in sampler.newest(self.folder, time.time()).items():
+                found |= {f"system/{node}/{key}": value for key, value in sample.items() if key != "time"}
+        return found
+
+    def spent(self) -> dict[str, float]:
+        """The run's time by what it went into, in seconds, and the share that went into steps that are kept."""
+        cost = ledger.of(RunFolder(self.folder), State("running"))
+        found = {f"goodput/{part}_seconds": round(seconds, 1) for part, seconds in cost.seconds.items()}
+        return found if cost.goodput is None else found | {"goodput/share": round(cost.goodput, 4)}
 
     def ask_orders(self) -> None:
         """Pass on to the trainer what people ask for by tags."""
@@ -166,6 +190,7 @@ class Mirror:
                     self.send()
                 assert self.session is not None
                 session, self.session = self.session, None
+                session.hold({"kind": "summary", "values": self.spent()})
                 session.finish(outcome)
                 # A preempted attempt is in a hurry, and the next one sends what is missing.
                 if not session.online or outcome == "preempted" or self.taken(session.step):

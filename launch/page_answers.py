@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,13 +11,11 @@ from typing import Any
 
 from launch.compare import Difference, differences
 from launch.page_chart import meter
+from launch.page_embed import picture
 from launch.page_facts import Story
 from launch.page_parts import stages, table
 
 SHOWN = 12  # answers, of different kinds, right and wrong
-SIDE = 320  # pixels of a picture in the page, at most
-WHOLE = 60_000  # bytes; a smaller file is taken as it is
-KINDS = {b"\x89PNG": "png", b"\xff\xd8\xff": "jpeg", b"GIF8": "gif", b"RIFF": "webp"}
 
 
 def same(said: str, answer: str) -> bool:
@@ -91,28 +87,6 @@ def _card(row: Mapping[str, Any]) -> str:
     kind = f"<small>{escape(str(row.get('kind', '')))}</small>"
     said = f"<p>{mark} {escape(str(row['said']) or '(nothing)')}</p>"
     return f"<figure>{pictures}<p>{escape(question)}</p>{said}{truth}{kind}</figure>"
-
-
-def picture(path: Path) -> str:
-    """A picture inside the page, made small; words where it cannot be had here."""
-    try:
-        data = path.read_bytes()
-    except OSError:
-        return f'<p class="soft"><small>{escape(path.name)} is not readable here</small></p>'
-    kind = next((name for head, name in KINDS.items() if data.startswith(head)), "")
-    if not kind or len(data) > WHOLE:
-        try:
-            from PIL import Image
-
-            with Image.open(io.BytesIO(data)) as image:
-                small = image.convert("RGB")
-                small.thumbnail((SIDE, SIDE))
-                buffer = io.BytesIO()
-                small.save(buffer, "JPEG", quality=82)
-            data, kind = buffer.getvalue(), "jpeg"
-        except (ImportError, OSError, ValueError):
-            return f'<p class="soft"><small>{escape(path.name)}, {len(data):,} bytes, not shown</small></p>'
-    return f'<img alt="{escape(path.name)}" src="data:image/{kind};base64,{base64.b64encode(data).decode()}">'
 
 
 def data(stories: Sequence[Story]) -> str:

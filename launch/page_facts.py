@@ -39,11 +39,10 @@ class Point:
 
 @dataclass
 class Cell:
-    """What `width` steps measured: numbers by name, tokens by expert and dropped choices by sparse layer."""
+    """What `width` steps measured: numbers by name, and tokens by expert by sparse layer."""
 
     points: dict[str, Point] = field(default_factory=dict)
     layers: dict[int, list[int]] = field(default_factory=dict)
-    dropped: dict[int, int] = field(default_factory=dict)
 
     def join(self, other: Cell) -> None:
         """Take in the next cell's steps."""
@@ -55,8 +54,6 @@ class Cell:
         for layer, counts in other.layers.items():
             mine = self.layers.get(layer, [0] * len(counts))
             self.layers[layer] = [a + b for a, b in zip(mine, counts, strict=True)]
-        for layer, count in other.dropped.items():
-            self.dropped[layer] = self.dropped.get(layer, 0) + count
 
 
 class Curves:
@@ -73,10 +70,7 @@ class Curves:
         cell = Cell()
         for key, value in row.items():
             if isinstance(value, (int, float)) and key not in ("step", "time") and math.isfinite(value):
-                if key.startswith("moe/layer") and key.endswith("/dropped"):
-                    cell.dropped[_layer(key)] = int(value)
-                else:
-                    cell.points[key] = Point(float(value))
+                cell.points[key] = Point(float(value))
             elif key.startswith("moe/layer") and key.endswith("/counts") and isinstance(value, list):
                 cell.layers[_layer(key)] = [int(count) for count in value]
         self.last = row["step"]
@@ -132,12 +126,10 @@ class Curves:
             if layer in cell.layers
         ]
 
-    def lost(self, layer: int) -> float | None:
-        """The share of a layer's choices that capacity dropped; None where that was not recorded."""
-        if not any(layer in cell.dropped for cell in self.cells.values()):
-            return None
-        given = sum(sum(cell.layers.get(layer, ())) for cell in self.cells.values() if layer in cell.dropped)
-        return sum(cell.dropped.get(layer, 0) for cell in self.cells.values()) / max(1, given)
+    def mean(self, name: str) -> float | None:
+        """One number's mean over all steps; None where it was not recorded."""
+        points = [point for _, point in self.of(name)]
+        return sum(p.sum for p in points) / sum(p.count for p in points) if points else None
 
 
 def _layer(key: str) -> int:
@@ -211,7 +203,7 @@ def story(line: Line) -> Story:
         tries=tuple(_tries(folder, line, curves.last)),
         handoff=read_json(folder.handoff_file) or {},
         held_out=read_json(folder.eval_file) or {},
-        data=read_json(folder.path / "data.json") or {},
+        data=read_json(folder.data_file) or {},
         url=_url(folder),
     )
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from launch.ledger import PARTS, brief
 from launch.page_chart import BOUNDS, Series, curve, heat, plain, stack
+from launch.page_embed import picture
 from launch.page_facts import Point, Story, Try
 
 # (title, name in metrics.jsonl, unit, whether the axis starts at 0)
@@ -25,6 +26,7 @@ PANELS = (
     ("model FLOPs used", "mfu", "share of peak", True),
     ("GPU memory, largest", "gpu_memory_max_gb", "GB", True),
     ("memory of rank 0", "rss_gb", "GB", True),
+    ("model TFLOP/s a rank", "model_tflops", "", True),
 )
 MARKS = 24  # of attempts in a picture, at most
 WORDS = {
@@ -171,7 +173,7 @@ def routers(stories: Sequence[Story]) -> str:
         for layer in layers:
             even = story.curves.evenness(layer)
             end = sum(value for _, value in even[-10:]) / len(even[-10:])
-            lost = story.curves.lost(layer)
+            lost = story.curves.mean(f"moe/layer{layer}/dropped")
             dropped = "" if lost is None else f", {lost:.2%} of choices dropped"
             least = min(0.8, *(value for _, value in even))
             series = Series("evenness", [(step, Point(value)) for step, value in even])
@@ -181,7 +183,8 @@ def routers(stories: Sequence[Story]) -> str:
                 f"{heat(story.curves, layer)}{line}</figure>"
             )
         heading = f"<h3>{escape(story.name)}</h3>"
-        parts.append(f'<div class="card">{heading}<div class="panels">{"".join(panels)}</div></div>')
+        image = folder_picture(story)
+        parts.append(f'<div class="card">{heading}<div class="panels">{"".join(panels)}</div>{image}</div>')
     if not parts:
         return ""
     bounds = ["0", *(f"{bound:g}" for bound in BOUNDS)]
@@ -192,6 +195,15 @@ def routers(stories: Sequence[Story]) -> str:
         "the evenness: the entropy of the shares over log E, 1 when all experts get the same.</p>"
     )
     return f'{text}<div class="key">{swatches}</div>{"".join(parts)}'
+
+
+def folder_picture(story: Story) -> str:
+    """Which experts the held-out questions went to, drawn when the run was evaluated."""
+    file = story.folder.path / "routing.png"
+    if not file.is_file():
+        return ""
+    words = "which experts text and image tokens of held-out questions go to"
+    return f"<details><summary>{words}</summary>{picture(file, whole=True)}</details>"
 
 
 def goodput(stories: Sequence[Story]) -> str:

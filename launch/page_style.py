@@ -91,7 +91,8 @@ td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space:
 .answers img { width: 100%; max-height: 150px; object-fit: contain; border-radius: 5px;
   background: var(--page); display: block;
   margin: 0 0 8px } .answers p { font-size: 13px; overflow-wrap: anywhere }
-details { margin: 0 0 8px } summary { cursor: pointer; font-weight: 600; font-size: 14px; padding: 4px 0 }
+details { margin: 0 0 8px } details img { max-width: 100% }
+summary { cursor: pointer; font-weight: 600; font-size: 14px; padding: 4px 0 }
 footer { color: var(--soft); font-size: 12px; margin: 28px 0 0 }
 @media (max-width: 720px) { .wide { overflow-x: auto } .wide svg { min-width: 620px }
   .chain > i { display: none } .panels { grid-template-columns: 1fr } }

@@ -161,6 +161,11 @@ class RunFolder:
         return self.path / "eval.json"
 
     @property
+    def data_file(self) -> Path:
+        """What the run has drawn from its data so far, as rank 0 counts it."""
+        return self.path / "data.json"
+
+    @property
     def lease_file(self) -> Path:
         return self.path / "lease.json"
 

@@ -91,6 +91,7 @@ class WandbSpec:
     entity: str = ""
     project: str = "moe-vlm"
     tags: tuple[str, ...] = ()
+    system: Literal["rank0", "node"] = "rank0"  # whose load is recorded: the node of rank 0, or every node
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,10 @@ import torch
 from data.conversation import tokenizer_faults
 from data.images import ImageFormat
 from data.loader import Loader, texts
-from launch import handoff, tracking
+from launch import handoff, sampler, tracking
 from launch.evaluate import evaluate
 from launch.job import Place
+from launch.meter import Meter
 from launch.plan import plain
 from launch.reader import Layers
 from launch.record import RunFolder, read_json, write_json
@@ -26,6 +27,7 @@ from launch.spec import ExperimentSpec
 from moe import backbones, lora, vlm
 from moe.checkpoint import Checkpoint, Checkpoints, load_weights
 from moe.engine import Engine
+from moe.flops import Work
 from moe.parallel import Groups
 from moe.stages import STAGES
 from moe.train import Outcome, Trainer
@@ -133,6 +135,10 @@ def run_stage(folder: RunFolder, place: Place, warned: Callable[[], bool]) -> st
         )
     journal = Journal(folder, place.attempt) if groups.rank == 0 else None
     tracker = _tracker(folder, record, spec, groups, number, start_step, parent, journal)
+    if journal:
+        tracker = Meter(Work.of(model, vision.patches), groups.world, tracker)
+    sampled = place.local_rank == 0 and spec.wandb.system == "node" and spec.wandb.mode != "disabled"
+    sampling = sampler.start(folder.path, place.node) if sampled else None
     trainer = Trainer(
         engine,
         loader,
@@ -158,12 +164,19 @@ def run_stage(folder: RunFolder, place: Place, warned: Callable[[], bool]) -> st
         if spec.data.held_out:
             evaluate(folder, model, tokenizer, spec, image, groups, tracker)
         _hand_over(folder, checkpoints, parent, tracker, journal)
+    if groups.rank == 0:
+        report = loader.report()
+        write_json(folder.data_file, report)
+        tracker.summary({"data": report})
+        tracker.table("data/sources", ["source", "samples"], report["sources"].items())
     groups.barrier()
     ended = outcome.value
     if groups.rank == 0:
         # Before W&B is waited for: the time after a warning is short, and what is saved is saved.
         folder.note("ended", attempt=place.attempt, outcome=ended, reason=getattr(warned, "warned", ""))
     tracker.finish(ended)
+    if sampling:
+        sampling.communicate()
     return ended
 
 

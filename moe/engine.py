@@ -97,15 +97,16 @@ class Engine:
 
         Returns what all ranks saw together: loss, ce (mean over supervised tokens), aux (mean over
         micro-batches of the sum over layers), lr, grad_norm (before clipping), tokens (supervised), samples,
-        padding (share of token slots, an
-        image's patches counted), and moe/layer{i}/counts. A step in which no rank has a supervised
-        token, or whose gradients are not finite, changes no weight.
+        positions (of the language model: an image's patches counted), images, padding (share of slots), and of
+        each sparse layer moe/layer{i}/counts and moe/layer{i}/dropped (share of choices lost to capacity). A step
+        in which no rank has a supervised token, or whose gradients are not finite, changes no weight.
         """
-        tokens, samples, filled, slots = self.groups.total(
+        tokens, samples, filled, slots, images = self.groups.total(
             *(sum(column) for column in counted(micro_batches, self.patches))
         )
         lr = self._set_rate()
         seen = {"lr": lr, "tokens": int(tokens), "samples": int(samples), "padding": 1 - filled / slots}
+        seen |= {"positions": int(filled), "images": int(images)}
         if tokens == 0:
             self.step += 1
             return {"loss": 0.0, "ce": 0.0, "aux": 0.0, "grad_norm": 0.0, **seen}
@@ -122,7 +123,13 @@ class Engine:
         forwards = len(micro_batches) * self.groups.world
         ce, aux, router = ce / tokens, aux / forwards, router / forwards
         self._watch(ce, norm)
-        layers_seen = {f"moe/layer{i}/counts": layer for i, layer in enumerate(totals)}
+        layers_seen: dict[str, Any] = {}
+        each = (
+            self.moe.top_k if self.moe and self.moe.rules == "moe_llava" else 1
+        )  # it counts first choices alone
+        for i, (*by_expert, lost) in enumerate(totals):
+            layers_seen[f"moe/layer{i}/counts"] = by_expert
+            layers_seen[f"moe/layer{i}/dropped"] = lost / max(1, each * sum(by_expert))
         return {"loss": ce + router, "ce": ce, "aux": aux, "grad_norm": norm, **seen, **layers_seen}
 
     def _set_rate(self) -> float:

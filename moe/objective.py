@@ -14,8 +14,8 @@ class Objective(nn.Module):
     """The model with its loss as the one thing it returns, which DeepSpeed hooks into; what else it says is
     summed here.
 
-    `losses` (float32 [3]): cross entropy, balancing losses, what routers add to the loss; `counts`: tokens
-    by expert.
+    `losses` (float32 [3]): cross entropy, balancing losses, what routers add to the loss; `counts` [E + 1], one
+    a sparse layer: choices by expert, and last those that capacity dropped.
     """
 
     def __init__(self, vlm: nn.Module) -> None:
@@ -36,14 +36,15 @@ class Objective(nn.Module):
         aux = sum((loss.detach().float() for loss in output.aux_losses), start=torch.zeros_like(ce))
         router = torch.zeros_like(ce) if output.router_loss is None else output.router_loss
         losses = torch.stack([ce.detach().float(), aux, router.detach().float()])
-        layers = [layer.detach().to(torch.float64) for layer in output.expert_counts]
+        pairs = zip(output.expert_counts, output.dropped, strict=True)
+        layers = [torch.cat([by_E.detach(), lost.detach().view(1)]).to(torch.float64) for by_E, lost in pairs]
         self.losses = self.losses.to(losses.device) + losses
         self.counts = [a + b for a, b in zip(self.counts, layers, strict=True)] if self.counts else layers
         return ce * self.ce_scale + router * self.router_scale
 
 
 def counted(micro_batches: Sequence[Mapping[str, Tensor]], patches: int = 1) -> list[list[int]]:
-    """This rank's supervised tokens, samples, filled and all token slots, one number a micro-batch.
+    """This rank's supervised tokens, samples, filled and all token slots, images, one number a micro-batch.
 
     An image takes `patches` slots; of packed sequences the samples in them are counted.
     """
@@ -52,9 +53,11 @@ def counted(micro_batches: Sequence[Mapping[str, Tensor]], patches: int = 1) -> 
         int(batch["segments"].amax(1).sum()) if "segments" in batch else len(batch["input_ids"])
         for batch in micro_batches
     ]
+    images = [(batch["input_ids"] == IMAGE).sum(1) for batch in micro_batches]
     lengths = [
-        batch["attention_mask"].sum(1) + (batch["input_ids"] == IMAGE).sum(1) * (patches - 1)
-        for batch in micro_batches
+        batch["attention_mask"].sum(1) + number * (patches - 1)
+        for batch, number in zip(micro_batches, images, strict=True)
     ]
     slots = [int(length.max()) * len(length) for length in lengths]
-    return [tokens, samples, [int(length.sum()) for length in lengths], slots]
+    filled = [int(length.sum()) for length in lengths]
+    return [tokens, samples, filled, slots, [int(number.sum()) for number in images]]

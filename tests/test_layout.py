@@ -42,6 +42,8 @@ COMPUTE = {
     "launch/mirror.py",
     "launch/session.py",
     "launch/evaluate.py",
+    "launch/routing.py",
+    "launch/meter.py",
     "launch/rendezvous.py",
 }
 

@@ -200,7 +200,7 @@ def test_a_long_run_is_binned_and_nothing_of_it_is_lost() -> None:
     assert (curves.samples, curves.layers, curves.last) == (40_000, [3], 20_000)
     assert sum(sum(cell.layers[3]) for cell in curves.cells.values()) == 80_000
     assert curves.evenness(3)[0][1] == pytest.approx(0.8112781)  # of 3/4 and 1/4
-    assert curves.lost(3) is None
+    assert curves.mean("moe/layer3/dropped") is None
 
 
 @pytest.mark.parametrize(

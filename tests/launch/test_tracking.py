@@ -149,6 +149,9 @@ def test_what_a_dashboard_gets_is_bounded_and_plain() -> None:
     assert "moe/layer3/entropy" in scalars(deep | {"step": 10})
     few = row | {f"moe/layer{i}/counts": [1, 2, 3, 4] for i in range(12)}
     assert len(scalars(few)) == 2 + 3 + 36
+    lossy = few | {"moe/layer0/dropped": 0.1, "moe/layer1/dropped": 0.3}
+    assert scalars(lossy)["moe/dropped"] == pytest.approx(0.2)
+    assert scalars(lossy)["moe/layer1/dropped"] == 0.3
 
 
 def test_lists_stay_whole_in_the_file_and_tensors_become_numbers(tmp_path: Path) -> None:

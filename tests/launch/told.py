@@ -121,7 +121,7 @@ def row(step: int, steps: int, seconds: float, rng: random.Random, *, sparse: bo
             int(400 * (1 + spread * abs(math.sin(7 * e + layer)))) + rng.randrange(60) for e in range(EXPERTS)
         ]
         measured[f"moe/layer{2 * layer}/counts"] = counts
-        measured[f"moe/layer{2 * layer}/dropped"] = sum(max(0, count - 900) for count in counts)
+        measured[f"moe/layer{2 * layer}/dropped"] = sum(max(0, count - 900) for count in counts) / sum(counts)
     return measured
 
 

@@ -29,6 +29,7 @@ class Output:
     aux_losses: list = field(default_factory=list)
     router_loss: torch.Tensor | None = None
     expert_counts: list = field(default_factory=list)
+    dropped: list = field(default_factory=list)
 
 
 class Gather(torch.autograd.Function):
@@ -139,7 +140,9 @@ class Model(nn.Module):
             logits.reshape(-1, WORDS), target.reshape(-1), ignore_index=-100, reduction="sum"
         )
         ce = ce + 0 * logits.sum()
-        return Output(ce, (target != -100).sum(), aux, self.aux_loss * torch.stack(aux).sum(), counts)
+        lost = [count.new_tensor(layer + 1) for layer, count in enumerate(counts)]
+        router = self.aux_loss * torch.stack(aux).sum()
+        return Output(ce, (target != -100).sum(), aux, router, counts, lost)
 
 
 def batch(samples: torch.Tensor, generator: torch.Generator) -> dict[str, torch.Tensor]:

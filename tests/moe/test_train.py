@@ -110,13 +110,18 @@ def test_what_a_step_reports(tmp_path):
     row = recorder.rows[-1][1]
     assert set(row) == {
         "loss", "ce", "aux", "lr", "grad_norm", "tokens", "samples", "padding", "step_seconds",
-        "samples_per_second", "tokens_per_second", "moe/layer0/counts", "moe/layer1/counts",
+        "samples_per_second", "tokens_per_second", "positions", "images",
+        "moe/layer0/counts", "moe/layer1/counts", "moe/layer0/dropped", "moe/layer1/dropped",
     }  # fmt: skip
     json.dumps(row)
     assert row["samples"] == 8
     assert row["padding"] == 0.0
     assert row["loss"] == pytest.approx(row["ce"] + 0.1 * row["aux"], rel=1e-6)
-    assert sum(row["moe/layer0/counts"]) == 8 * standin.LENGTH
+    assert sum(row["moe/layer0/counts"]) == row["positions"] == 8 * standin.LENGTH
+    assert row["images"] == 0
+    # The stand-in loses one choice a pass in its first layer and two in its second, in eight passes.
+    lost = [row[f"moe/layer{layer}/dropped"] * 8 * standin.LENGTH for layer in (0, 1)]
+    assert lost == pytest.approx([8, 16])
     assert row["samples_per_second"] == pytest.approx(8 / row["step_seconds"])
     assert row["tokens_per_second"] == pytest.approx(row["tokens"] / row["step_seconds"])
     # The sixth of six updates, after ceil(0.2 * 6) of warm-up.
