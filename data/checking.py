@@ -4,9 +4,8 @@ padding costs.
 
 from __future__ import annotations
 
-import hashlib
 from array import array
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -14,15 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import xxhash
 
 from data.catalog import CatalogError, Dataset, annotation_path
 from data.conversation import IGNORED, IMAGE_ID, TEMPLATES, ConversationError, encode_many
 from data.findings import KINDS, Finding
 from data.inspection import Picture, broken, defects, paths_of, picture
 from data.records import Record, RecordError, stream
+from data.spool import Findings, Seen, Spool, repeated
 
 BATCH = 512  # records encoded together
-WAITING = 256  # pictures on their way to the threads at a time
+AT_ONCE = 16  # pictures that a thread takes at a time
+WAITING = 32  # of those on their way to the threads
+HINTS = 50  # missing pictures for which a file of a like name is looked for: its folder may be long
 SHOWN = 12  # samples kept for the report
 Progress = Callable[[str, int, int], None]
 
@@ -63,7 +66,7 @@ class Report:
     options: Options
     root: Path
     files: list[FileReport] = field(default_factory=list)
-    findings: list[Finding] = field(default_factory=list)
+    findings: Findings = field(default_factory=Findings)
     lengths: array[int] = field(default_factory=lambda: array("i"))
     signed: array[int] = field(default_factory=lambda: array("i"))
     sides: Counter[int] = field(default_factory=Counter)  # pictures by their longer side, in steps of 64
@@ -72,7 +75,7 @@ class Report:
     @property
     def lost(self) -> int:
         """Findings that keep a record, or an answer of it, from being trained on."""
-        return sum(KINDS[finding.kind].lost for finding in self.findings)
+        return sum(count for kind, count in self.findings.counts.items() if KINDS[kind].lost)
 
 
 class _Checker:
@@ -83,9 +86,11 @@ class _Checker:
         self.specials: list[str] = []
         if report.options.tokenizer is not None:
             self.specials = [str(token) for token in report.options.tokenizer.all_special_tokens]
-        self.bad: dict[int, list[tuple[str, str]]] = {}  # pictures with defects, by the hash of their path
-        self.known: set[int] = set()
-        self.waiting: dict[Future[Picture], int] = {}
+        self.seen = Seen()  # pictures, by the hash of their path
+        self.bad, self.bad_at = array("Q"), array("Q")  # those with defects, and where these are kept
+        self.defects = Spool()
+        self.chunk: list[str] = []
+        self.waiting: deque[tuple[list[str], Future[list[Picture]]]] = deque()
 
     def file(self, dataset: Dataset) -> None:
         """Check one annotation file."""
@@ -107,6 +112,7 @@ class _Checker:
                 self.progress(dataset.name, batch[-1].end, size)
         except RecordError as error:
             self.tell(file, "file-torn", -1, "", str(error))
+        self.send(path)
         self.settle(0)
         self.pictures(file, path, shows, shown_by)
         self.repeats(file, "duplicate-id", ids)
@@ -135,7 +141,7 @@ class _Checker:
                 talks.append(_hash(f"\0{record.number}"))
                 self.tell(file, fault[0], record.number, name, fault[1])
                 continue
-            talks.append(_hash(repr((value.get("image"), value["conversations"]))))
+            talks.append(_hash("\0".join([*paths_of(value), *(t["value"] for t in value["conversations"])])))
             file.turns += len(value["conversations"])
             lost = False
             for kind, detail in defects(value, self.template, self.specials):
@@ -147,7 +153,7 @@ class _Checker:
                 for each in paths:
                     shows.append(_hash(each))
                     shown_by.append(record.number)
-                    self.look(file, path, each)
+                    self.look(file, path, each, shows[-1])
             if not lost:
                 sound.append(record)
         if self.options.tokenizer is not None:
@@ -179,44 +185,51 @@ class _Checker:
             self.report.lengths.append(length)
             self.report.signed.append(max(1, words) if images else -max(1, words))
 
-    def look(self, file: FileReport, path: Path, image: str) -> None:
+    def look(self, file: FileReport, path: Path, image: str, key: int) -> None:
         """Have a picture checked, if it was not yet."""
-        key = _hash(image)
-        if key in self.known:
-            return
-        self.known.add(key)
-        file.pictures += 1
-        future = self.pool.submit(picture, self.report.root, path.parent, image)
-        self.waiting[future] = key
+        if self.seen.new(key):
+            file.pictures += 1
+            self.chunk.append(image)
+            if len(self.chunk) == AT_ONCE:
+                self.send(path)
+
+    def send(self, path: Path) -> None:
+        """Give the threads what has come together."""
+        root, beside, hint, chunk = self.report.root, path.parent, len(self.bad) < HINTS, self.chunk
+        if chunk:
+            looked = self.pool.submit(lambda: [picture(root, beside, image, hint) for image in chunk])
+            self.waiting.append((chunk, looked))
+            self.chunk = []
         if len(self.waiting) >= WAITING:
             self.settle(WAITING // 2)
 
     def settle(self, most: int) -> None:
         """Take in the oldest results until at most that many are open."""
         while len(self.waiting) > most:
-            future = next(iter(self.waiting))
-            key, seen = self.waiting.pop(future), future.result()
-            if seen.width:
-                self.report.sides[max(seen.width, seen.height) // 64 * 64] += 1
-            if seen.defects:
-                self.bad[key] = seen.defects
+            images, looked = self.waiting.popleft()
+            for image, seen in zip(images, looked.result(), strict=True):
+                if seen.width:
+                    self.report.sides[max(seen.width, seen.height) // 64 * 64] += 1
+                if seen.defects:
+                    self.bad.append(_hash(image))
+                    self.bad_at.append(self.defects.put(seen.defects))
 
     def pictures(self, file: FileReport, path: Path, shows: array[int], shown_by: array[int]) -> None:
         """Tell each record that shows a picture with a defect."""
-        keys = np.frombuffer(shows, dtype=np.uint64) if shows else np.empty(0, np.uint64)
-        bad = np.fromiter(self.bad, dtype=np.uint64, count=len(self.bad))
-        for at in np.flatnonzero(np.isin(keys, bad)).tolist():
-            for kind, detail in self.bad[shows[at]]:
-                self.tell(file, kind, shown_by[at], "", detail)
+        if not self.bad or not shows:
+            return
+        bad = np.array(self.bad, dtype=np.uint64)
+        order = np.argsort(bad)
+        keys = np.frombuffer(shows, dtype=np.uint64)
+        at = np.searchsorted(bad, keys, sorter=order).clip(max=len(bad) - 1)
+        for place in np.flatnonzero(bad[order[at]] == keys).tolist():
+            for kind, detail in self.defects.get(self.bad_at[int(order[at[place]])]):
+                self.tell(file, kind, shown_by[place], "", detail)
 
     def repeats(self, file: FileReport, kind: str, keys: array[int]) -> None:
         """Tell each record whose key occurred before."""
-        if not keys:
-            return
-        values = np.frombuffer(keys, dtype=np.uint64)
-        _, first, number = np.unique(values, return_index=True, return_inverse=True)
-        for at in np.flatnonzero(first[number] != np.arange(len(values))).tolist():
-            self.tell(file, kind, at, "", f"as record {int(first[number[at]])}")
+        for at, first in repeated(np.array(keys, dtype=np.uint64)):
+            self.tell(file, kind, at, "", f"as record {first}")
 
     def tell(self, file: FileReport, kind: str, record: int, id: str, detail: str) -> None:
         file.kinds[kind] += 1
@@ -260,19 +273,25 @@ def fix(report: Report, path: Path, out: Path) -> Counter[str]:
     """
     from data.convert import write
 
-    told: dict[int, list[str]] = {}
+    names = list(KINDS)
+    records, kinds = array("I"), array("B")
     for finding in report.findings:
-        if finding.file == str(path) and finding.record >= 0:
-            told.setdefault(finding.record, []).append(finding.kind)
+        if finding.file == str(path) and finding.record >= 0 and KINDS[finding.kind].fix:
+            records.append(finding.record)
+            kinds.append(names.index(finding.kind))
+    order = np.argsort(np.array(records), kind="stable").tolist()
     done: Counter[str] = Counter()
 
     def repaired() -> Iterator[dict[str, Any]]:
         from data.repair import repair
 
+        at = 0
         for record in stream(path):
-            value, what = repair(
-                record.value, told.get(record.number, []), TEMPLATES[report.options.template]
-            )
+            told = []
+            while at < len(order) and records[order[at]] == record.number:
+                told.append(names[kinds[order[at]]])
+                at += 1
+            value, what = repair(record.value, told, TEMPLATES[report.options.template])
             done.update(what)
             if value is not None:
                 done["written"] += 1
@@ -283,6 +302,4 @@ def fix(report: Report, path: Path, out: Path) -> Counter[str]:
 
 
 def _hash(text: str) -> int:
-    return int.from_bytes(
-        hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little"
-    )
+    return xxhash.xxh3_64_intdigest(text.encode("utf-8", "surrogatepass"))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -71,7 +72,7 @@ def paths_of(record: dict[str, Any]) -> list[str]:
     return [image] if isinstance(image, str) and image else list(image or [])
 
 
-def defects(record: dict[str, Any], template: Template, specials: list[str]) -> Found:
+def defects(record: dict[str, Any], template: Template, specials: Sequence[str]) -> Found:
     """What is wrong with the texts of a record that can be read; the first that loses it is the last one
     told.
     """
@@ -89,30 +90,44 @@ def defects(record: dict[str, Any], template: Template, specials: list[str]) -> 
         yield "no-answer", ""
         return
     yield from _placeholders(turns, answers, paths, plain)
+    odd = _odd("\n".join([turn["value"] for turn in turns]), template, specials)
+    roles = _roles(template)
     for number, turn in enumerate(turns, 1):
-        text = turn["value"]
-        where = f"turn {number}: {shown(text)}"
-        if turn in answers:
-            if not text.strip():
+        text, stripped = turn["value"], turn["value"].strip()
+        if number > 1 if plain else turn["from"] == "gpt":
+            if not stripped:
                 yield "empty-answer", f"turn {number}"
-            elif text != text.strip() and not plain:
-                yield "blank-edge", where
-        elif not text.strip():
+            elif text != stripped and not plain:
+                yield "blank-edge", f"turn {number}: {shown(text)}"
+        elif not stripped:
             yield "empty-question", f"turn {number}"
+        if not odd:
+            continue
         if not plain and template.end and template.end in text:
-            yield "separator-in-text", where
+            yield "separator-in-text", f"turn {number}: {shown(text)}"
         elif found := [special for special in specials if special in text]:
             yield "special-in-text", f"turn {number}: {', '.join(found)}"
-        if (
-            not plain
-            and template.assistant
-            and re.search(rf"\b({template.assistant}|{template.user}): ", text)
-        ):
-            yield "role-in-text", where
-        if _CONTROL.search(text):
-            yield "control-character", f"turn {number}: {_CONTROL.search(text)!r}"
+        if roles and roles.search(text):
+            yield "role-in-text", f"turn {number}: {shown(text)}"
+        if control := _CONTROL.search(text):
+            yield "control-character", f"turn {number}: {control!r}"
     if not plain and turns[-1]["from"] == "human":
         yield "trailing-question", shown(turns[-1]["value"])
+
+
+def _odd(text: str, template: Template, specials: Sequence[str]) -> bool:
+    """Whether there may be anything in a text that is told of one: substrings are found faster than patterns."""
+    speakers = [f"{template.user}: ", f"{template.assistant}: "]
+    return any(word and word in text for word in (template.end, *speakers, *specials)) or (
+        not text.replace("\n", " ").isprintable()
+    )
+
+
+@functools.cache
+def _roles(template: Template) -> re.Pattern[str] | None:
+    if template.style == "plain" or not template.assistant:
+        return None
+    return re.compile(rf"\b({template.assistant}|{template.user}): ")
 
 
 def _placeholders(turns: list[Any], answers: list[Any], paths: list[str], plain: bool) -> Found:
@@ -133,9 +148,10 @@ def _placeholders(turns: list[Any], answers: list[Any], paths: list[str], plain:
         yield "too-many-images", str(len(paths))
 
 
-def picture(root: Path, beside: Path, path: str) -> Picture:
-    """Decode a picture as training would, at an eighth of its size where the format can, and name its
-    defects.
+def picture(root: Path, beside: Path, path: str, hint: bool = True) -> Picture:
+    """Decode a picture as training would, at an eighth of its size where the format can; name its defects.
+
+    `hint`: for one that is missing, look for a file of a like name.
     """
     if ".." in PurePosixPath(path).parts or (path.startswith("/") and not Path(path).is_relative_to(root)):
         return Picture(0, 0, [("image-outside", path)])
@@ -143,7 +159,7 @@ def picture(root: Path, beside: Path, path: str) -> Picture:
     if not place.is_file() and (beside / path).is_file():
         place = beside / path
     if not place.is_file():
-        return Picture(0, 0, [("image-missing", f"{path}{_like(place)}")])
+        return Picture(0, 0, [("image-missing", f"{path}{_like(place) if hint else ''}")])
     seen = facts(place)
     found = [(kind, path) for kind in seen.defects]
     ending = place.suffix.lower().removeprefix(".")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import html
 import json
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from data.images import ImageError, thumbnail
 from data.inspection import paths_of, shown
 from data.padding import fill
 
-TOLD = 5  # findings of a kind on the terminal; the JSON has all
+MOST = 1 << 18  # samples, drawn at random, on whose lengths the ways of batching are compared
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; margin: 2rem auto; max-width: 70rem }
 table { border-collapse: collapse; margin: 1rem 0 }
@@ -32,7 +31,7 @@ tr:nth-child(even) { background: #f4f4f4 }
 
 
 def as_json(report: Report) -> dict[str, Any]:
-    """All of a check, in plain values."""
+    """All of a check but the findings themselves, in plain values."""
     lengths = np.frombuffer(report.lengths, dtype=np.int32) if report.lengths else np.empty(0, np.int32)
     result: dict[str, Any] = {
         "root": str(report.root),
@@ -42,7 +41,7 @@ def as_json(report: Report) -> dict[str, Any]:
         "records": sum(file.records for file in report.files),
         "lost": report.lost,
         "files": [{**vars(file), "kinds": dict(file.kinds)} for file in report.files],
-        "findings": [finding._asdict() for finding in report.findings],
+        "found": dict(report.findings.counts),
         "pictures_by_longer_side": dict(sorted(report.sides.items())),
     }
     if len(lengths):
@@ -57,7 +56,7 @@ def as_json(report: Report) -> dict[str, Any]:
                 str(q): int(np.quantile(lengths, q)) for q in (0.01, 0.25, 0.5, 0.75, 0.99, 1.0)
             },
             "supervised_share": supervised / tokens,
-            "filled_slots": fill(lengths, signed, report.options.max_length),
+            "filled_slots": fill(*_some(lengths, signed), report.options.max_length),
         }
     return result
 
@@ -81,18 +80,17 @@ def as_text(report: Report, facts: dict[str, Any]) -> str:
             "filled slots:",
             *(f"  {name:40} {share:.3f}" for name, share in facts["filled_slots"].items()),
         ]
-    by_kind = Counter(finding.kind for finding in report.findings)
+    by_kind = report.findings.counts
     for kind in sorted(by_kind, key=lambda kind: (not KINDS[kind].lost, kind)):
         known = KINDS[kind]
         lines += ["", f"{'LOST' if known.lost else 'note'}  {kind}: {known.what} ({by_kind[kind]:,})"]
         lines += [f"      way out: {known.way_out}" + (f"; --fix {known.fix}" if known.fix else "")]
-        told = [finding for finding in report.findings if finding.kind == kind][:TOLD]
-        for finding in told:
+        for finding in report.findings.first[kind]:
             name = f" (id {finding.id})" if finding.id else ""
             where = f"record {finding.record}{name}" if finding.record >= 0 else "the file"
             lines.append(f"      {finding.file or report.root}, {where}: {finding.detail}".rstrip(": "))
-        if by_kind[kind] > TOLD:
-            lines.append(f"      and {by_kind[kind] - TOLD:,} more")
+        if (more := by_kind[kind] - len(report.findings.first[kind])) > 0:
+            lines.append(f"      and {more:,} more")
     lines += ["", f"{report.lost:,} lost" if report.lost else "nothing would be lost"]
     return "\n".join(lines)
 
@@ -129,15 +127,12 @@ def as_html(report: Report, facts: dict[str, Any]) -> str:
     if report.sides:
         parts += ["<h2>Pictures by their longer side</h2>", _bars(sorted(report.sides.items()))]
     parts.append("<h2>Findings</h2>")
-    by_kind: dict[str, list[Any]] = {}
-    for finding in report.findings:
-        by_kind.setdefault(finding.kind, []).append(finding)
-    rows = []
-    for kind, found in sorted(by_kind.items(), key=lambda item: (not KINDS[item[0]].lost, item[0])):
+    rows, counts = [], report.findings.counts
+    for kind in sorted(counts, key=lambda kind: (not KINDS[kind].lost, kind)):
         known = KINDS[kind]
-        examples = "; ".join(f"record {f.record}: {f.detail}" for f in found[:TOLD])
+        examples = "; ".join(f"record {f.record}: {f.detail}" for f in report.findings.first[kind])
         rows.append(
-            ("LOST" if known.lost else "note", known.what, f"{len(found):,}", known.way_out, examples)
+            ("LOST" if known.lost else "note", known.what, f"{counts[kind]:,}", known.way_out, examples)
         )
     parts.append(_table(("", "what", "how often", "way out", "first ones"), rows))
     parts += ["<h2>Samples</h2><div class=samples>", *(_sample(report, *sample) for sample in report.samples)]
@@ -145,12 +140,23 @@ def as_html(report: Report, facts: dict[str, Any]) -> str:
 
 
 def write(report: Report, folder: Path) -> dict[str, Any]:
-    """Write check.json and check.html into a folder; the facts that as_text takes."""
+    """Write check.json, which lists all findings, and check.html into a folder; the facts that as_text takes."""
     facts = as_json(report)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "check.json").write_text(json.dumps(facts, indent=1), encoding="utf-8")
+    with (folder / "check.json").open("w", encoding="utf-8") as file:
+        file.write(json.dumps(facts, indent=1).removesuffix("\n}") + ',\n "findings": [')
+        for number, finding in enumerate(report.findings):
+            file.write(("," if number else "") + "\n  " + json.dumps(finding._asdict()))
+        file.write("\n ]\n}\n")
     (folder / "check.html").write_text(as_html(report, facts), encoding="utf-8")
     return facts
+
+
+def _some(lengths: np.ndarray, signed: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    if len(lengths) <= MOST:
+        return lengths, signed
+    chosen = np.sort(np.random.default_rng(0).choice(len(lengths), MOST, replace=False))
+    return lengths[chosen], signed[chosen]
 
 
 def _histogram(lengths: np.ndarray, bins: int = 24) -> list[tuple[int, int]]:

@@ -1,9 +1,9 @@
 """Time and memory of `prepare.py check`, by the number of records.
 
-    python tests/bench/data_check.py [--sizes 10000 100000 1000000] [--tokenizer]
+    python tests/bench/data_check.py [--sizes 10000 100000 1000000] [--tokenizer] [--kept FOLDER]
 
-Without --tokenizer records and pictures are checked, with it lengths and masks too. Memory is the peak of a
-fresh process less what imports took.
+Each record shows a picture of its own, a small one. Without --tokenizer records and pictures are checked, with it
+lengths and masks too. Memory is the peak of a fresh process less what imports took.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import os
 import resource
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -50,6 +49,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Time and memory of a check.")
     parser.add_argument("--sizes", type=int, nargs="+", default=[10_000, 100_000])
     parser.add_argument("--tokenizer", action="store_true")
+    parser.add_argument("--kept", type=Path, help="folder in which the data are kept for the next time")
     parser.add_argument("--child", type=Path)
     options = parser.parse_args()
     if options.child:
@@ -58,23 +58,16 @@ def main() -> int:
     from tests.bench import data_corpus
 
     for size in options.sizes:
-        with tempfile.TemporaryDirectory() as folder:
-            root = Path(folder)
-            data_corpus.pictures(root, tiny=True)
-            data_corpus.records(root / "mix.json", size)
-            command = [
-                sys.executable,
-                __file__,
-                "--child",
-                folder,
-                *(["--tokenizer"] if options.tokenizer else []),
-            ]
+        with data_corpus.corpus(options.kept, size, distinct=True) as root:
+            command = [sys.executable, __file__, "--child", str(root)]
+            command += ["--tokenizer"] if options.tokenizer else []
             done = subprocess.run(command, capture_output=True, text=True, check=True)
             got = json.loads(done.stdout.splitlines()[-1])
             megabytes = (root / "mix.json").stat().st_size / 1e6
             print(
                 f"{size:>9,} records ({megabytes:,.0f} MB): {got['cpu_s']:.1f} CPU-s, {got['wall_s']:.1f} s, "
-                f"peak {got['peak_mb']:.0f} MB, {got['lost']:.0f} lost",
+                f"{got['cpu_s'] / size * 1e6:.0f} CPU-us a record, peak {got['peak_mb']:.0f} MB, "
+                f"{got['lost']:.0f} lost",
                 flush=True,
             )
     return 0

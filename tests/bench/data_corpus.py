@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -84,3 +87,15 @@ def pictures(folder: Path, seed: int = 0, tiny: bool = False) -> None:
         if tiny:
             picture = picture.resize((16, 16))
         picture.save(folder / "pictures" / f"{at:03d}.jpg", quality=90)
+
+
+@contextlib.contextmanager
+def corpus(kept: Path | None, size: int, distinct: bool = False) -> Iterator[Path]:
+    """A root with `size` records in mix.json and tiny pictures; under `kept` it stays for the next time."""
+    with tempfile.TemporaryDirectory() as passing:
+        root = kept / f"{'own' if distinct else 'shared'}-{size}" if kept else Path(passing)
+        if not (root / "whole").exists():
+            pictures(root, tiny=True)
+            records(root / "mix.json", size, distinct=distinct)
+            (root / "whole").touch()
+        yield root
