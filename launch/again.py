@@ -24,6 +24,7 @@ from launch.show import Line, look
 from launch.status import BROKEN
 
 if TYPE_CHECKING:
+    from launch.origin import Origin
     from launch.plan import Plan, Run
 
 BY_SLURM = "cancelled by SLURM because"
@@ -163,6 +164,7 @@ def recorded(folders: Sequence[RunFolder], root: Path) -> Plan:
 
 def _read(folder: RunFolder, root: Path, runs: dict[Path, Run]) -> Run:
     """The run of a folder, and those above it."""
+    from launch.origin import Origin
     from launch.plan import Run
     from launch.reader import Layers, SpecError
     from launch.spec import ExperimentSpec
@@ -178,14 +180,18 @@ def _read(folder: RunFolder, root: Path, runs: dict[Path, Run]) -> Run:
         raise NotThis(
             f"{record.get('name')} runs on this machine: submit.py with its experiment goes on with it"
         )
-    above = record.get("parent")
+    above: Run | Origin | None = None
+    if "origin" in record:
+        above = Origin.of(record["origin"])
+    elif record.get("parent"):
+        above = _read(RunFolder(Path(record["parent"])), root, runs)
     run = Run(
         experiment=str(record["experiment"]),
         point=str(record["point"]),
         index=int(record["index"]),
         spec=replace(spec, runs=str(root)),
         folder=folder,
-        parent=_read(RunFolder(Path(above)), root, runs) if above else None,
+        parent=above,
     )
     if run.identity != record.get("identity"):
         raise NotThis(
@@ -196,5 +202,5 @@ def _read(folder: RunFolder, root: Path, runs: dict[Path, Run]) -> Run:
     return run
 
 
-def _depth(run: Run) -> int:
+def _depth(run: Run | Origin) -> int:
     return _depth(run.parent) + 1 if run.parent else 0

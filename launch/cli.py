@@ -12,7 +12,7 @@ from pathlib import Path
 from launch import snapshot, submission
 from launch.cluster import SlurmError, jobs
 from launch.exits import FAILED, INTERRUPTED, NO_SLURM, OK, REFUSED, USAGE
-from launch.plan import EXPERIMENTS, Plan, StagePlan, clashes, make, runs_folder
+from launch.plan import EXPERIMENTS, Plan, Run, StagePlan, clashes, make, runs_folder
 from launch.reader import SpecError
 from launch.status import State
 from moe.stages import STAGES
@@ -223,7 +223,12 @@ def _blocked(plan: Plan, states: dict[str, State]) -> tuple[str, str] | None:
     """Why the plan cannot start: a stage left out of it has neither finished nor will."""
     first = plan.stages[0]
     for run in first.runs:
-        if run.parent and states[run.parent.name].name not in ("done", "running", "queued", "waiting"):
+        if isinstance(run.parent, Run) and states[run.parent.name].name not in (
+            "done",
+            "running",
+            "queued",
+            "waiting",
+        ):
             state = states[run.parent.name].name
             return (
                 f"{run.name} starts from {run.parent.name}, which is {state}",

@@ -72,8 +72,27 @@ def read(folder: RunFolder, *, identity: str = "", stage: str = "") -> dict[str,
     return handoff
 
 
+def start(record: Mapping[str, Any], stage: str) -> tuple[RunFolder, dict[str, Any]] | None:
+    """What the run of this record starts from, None where that is the backbone; raises HandoffError."""
+    if not stage:
+        return None
+    folder = RunFolder(Path(record["parent"]))
+    handoff = read(folder, identity=record["parent_identity"], stage=stage)
+    origin = record.get("origin", {})
+    if origin and origin["digest"] != handoff["digest"]:
+        raise HandoffError(
+            f"{folder.path} holds {handoff['digest'][:12]}, and the run was planned from {origin['named']}, which was "
+            f"{origin['digest'][:12]}; bring that back, or plan the run anew under another name"
+        )
+    return folder, handoff | {"artifact": origin.get("artifact", ""), "origin": origin.get("named", "")}
+
+
 def check(folder: RunFolder, handoff: Mapping[str, Any], *, digests: bool) -> Path:
     """The handoff's checkpoint, with each file there in its size (and content, with `digests`); raises HandoffError."""
+    if handoff.get("kind") == "hub":
+        from launch.origin import check_hub
+
+        return check_hub(folder, handoff, digests=digests)
     path = folder.path / str(handoff["path"])
     try:
         facts = describe(path)

@@ -32,7 +32,7 @@ BAD_SPEC = {
         "UpcycleError",
         "DispatchError",
     ),
-    *("StageError", "HandoffError", "SpecError"),
+    *("StageError", "HandoffError", "SpecError", "InterchangeError"),
 }
 
 

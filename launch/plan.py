@@ -16,6 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from launch.origin import SCHEMES, Origin, OriginError, resolve
 from launch.reader import Fault, Layers, Place, SpecError
 from launch.record import RunFolder, read_json
 from launch.snapshot import REPOSITORY
@@ -71,7 +72,7 @@ class Run:
     index: int  # its place in the sweep, and in the SLURM array
     spec: ExperimentSpec
     folder: RunFolder
-    parent: Run | None
+    parent: Run | Origin | None
 
     @property
     def name(self) -> str:
@@ -104,6 +105,7 @@ class Run:
             "parent": str(self.parent.folder.path) if self.parent else None,
             "parent_identity": self.parent.identity if self.parent else "",
             "code": code,
+            **({"origin": self.parent.record()} if isinstance(self.parent, Origin) else {}),
         }
 
 
@@ -239,6 +241,7 @@ def make(file: Path, overrides: Sequence[str] = (), *, first: str = "", last: st
         )
     parents: StagePlan | None = None
     point = ""
+    origin = _origin(experiments[-1][0])
     for experiment, names_point in reversed(experiments):
         _check_order(experiment, parents)
         runs = tuple(
@@ -248,7 +251,7 @@ def make(file: Path, overrides: Sequence[str] = (), *, first: str = "", last: st
                 index,
                 spec,
                 RunFolder(runs_folder(spec) / experiment.name / (name or "run")),
-                _parent(experiment, name, parents, names_point) if parents else None,
+                _parent(experiment, name, parents, names_point) if parents else origin,
             )
             for index, (name, spec) in enumerate(experiment.points)
         )
@@ -305,7 +308,7 @@ def _everywhere(text: str) -> bool:
 def _parent_file(experiment: Experiment) -> tuple[Path | None, str]:
     """The YAML whose handoff the experiment starts from, and the point of it that is named."""
     named = experiment.spec.init_from
-    if not named:
+    if not named or named.startswith(SCHEMES):
         return None, ""
     parts = named.split("/")
     for folder in dict.fromkeys((experiment.file.resolve().parent, EXPERIMENTS)):
@@ -320,6 +323,17 @@ def _parent_file(experiment: Experiment) -> tuple[Path | None, str]:
         f"{named!r} names no experiment",
         f"{experiment.file.parent}/ has {', '.join(near)}",
     )
+
+
+def _origin(experiment: Experiment) -> Origin | None:
+    """What the first experiment of a chain starts from, where that is no experiment's."""
+    spec = experiment.spec
+    if not spec.init_from.startswith(SCHEMES):
+        return None
+    try:
+        return resolve(spec.init_from, STAGES[spec.stage].after, runs_folder(spec))
+    except OriginError as error:
+        raise _fault(experiment, "init_from", str(error), error.hint) from None
 
 
 def _check_order(experiment: Experiment, parents: StagePlan | None) -> None:

@@ -111,8 +111,11 @@ class Session:
         elif item["kind"] == "handoff":
             return self._log_artifact(item)
         elif item["kind"] == "use":
-            place = f"{self.run.entity}/{self.run.project}/{item['name']}:h-{item['digest']}"
-            self.run.use_artifact(place)
+            own = f"{self.run.entity}/{self.run.project}/" if "/" not in item["name"] else ""
+            self.run.use_artifact(f"{own}{item['name']}:h-{item['digest']}")
+            return True
+        elif item["kind"] == "origin":
+            self.run.use_artifact(self._origin(item), aliases=["latest", f"h-{item['digest']}"])
             return True
         return False
 
@@ -122,6 +125,13 @@ class Session:
         logged = self.run.log_artifact(artifact, aliases=aliases)
         logged.wait(timeout=FINISH_SECONDS)
         return True
+
+    def _origin(self, item: Mapping[str, Any]) -> Any:
+        """A model that came from the hub, as an artifact that refers to it; no copy."""
+        facts = {"path": item["path"], "digest": item["digest"]}
+        artifact = self._wandb.Artifact(item["name"], type="model", metadata=facts)
+        artifact.add_reference(Path(item["path"]).as_uri(), name="model", checksum=False)
+        return artifact
 
     def _cell(self, value: object) -> object:
         if not isinstance(value, dict):

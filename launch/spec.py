@@ -102,7 +102,7 @@ class ExperimentSpec:
     name: str = ""  # the experiment's name; empty: its file's
     cluster: ClusterSpec = field(default_factory=ClusterSpec)
     gpus: int = 8  # ranks of one run, over all its nodes
-    init_from: str = ""  # the experiment, or experiment/run, whose handoff this one starts from
+    init_from: str = ""  # the experiment, or experiment/run, that this one starts from; or wandb:..., hub:...
     runs: str = "runs"  # the folder of run folders, on the shared file system
     seed: int = 0
     model: ModelSpec = field(default_factory=ModelSpec)

@@ -6,7 +6,6 @@ import os
 import random
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,6 +27,7 @@ from moe import backbones, lora, vlm
 from moe.checkpoint import Checkpoint, Checkpoints, load_weights
 from moe.engine import Engine
 from moe.flops import Work
+from moe.origin import fill
 from moe.parallel import Groups
 from moe.stages import STAGES
 from moe.train import Outcome, Trainer
@@ -83,7 +83,7 @@ def run_stage(folder: RunFolder, place: Place, warned: Callable[[], bool]) -> st
     stage = STAGES[spec.stage]
     groups = Groups.create(spec.moe.expert_parallel if stage.sparse else 1)
     record = folder.run
-    parent = _parent(record, stage.after, groups)
+    parent = handoff.start(record, stage.after)
     tokenizer = _tokenizer(spec, folder, parent, groups)
 
     checkpoints = Checkpoints(folder.checkpoints, groups, spec.train.keep)
@@ -190,14 +190,6 @@ def _prepare(spec: ExperimentSpec) -> None:
     torch.manual_seed(spec.seed)
 
 
-def _parent(record: Mapping[str, Any], after: str, groups: Groups) -> tuple[RunFolder, dict[str, Any]] | None:
-    """The run this one starts from and its handoff, checked on each rank before anything large is loaded."""
-    if not after:
-        return None
-    folder = RunFolder(Path(record["parent"]))
-    return folder, handoff.read(folder, identity=record["parent_identity"], stage=after)
-
-
 def _tokenizer(
     spec: ExperimentSpec, folder: RunFolder, parent: tuple[RunFolder, dict[str, Any]] | None, groups: Groups
 ) -> Any:
@@ -227,9 +219,12 @@ def _model(
     model = vlm.build(spec.model, vocab_size=vocabulary, seed=spec.seed, dtype=dtype)
     if parent:
         path = handoff.check(parent[0], parent[1], digests=groups.rank == 0)
-        lora.add(model, lora.told(read_json(parent[0].spec_file) or {}), sparse=False, seed=0)
-        load_weights(path, model, Groups.single())  # what stages start from is dense, the same on every rank
-        lora.merge(model)
+        if parent[1].get("kind") == "hub":
+            fill(path, model)
+        else:
+            lora.add(model, lora.told(read_json(parent[0].spec_file) or {}), sparse=False, seed=0)
+            load_weights(path, model, Groups.single())  # a stage's start is dense, the same on every rank
+            lora.merge(model)
     lora.add(model, spec.train.lora, sparse=STAGES[spec.stage].sparse, seed=spec.seed + 3)
     if STAGES[spec.stage].sparse:
         upcycle(model, spec.moe, groups, spec.seed)

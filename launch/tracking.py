@@ -160,7 +160,14 @@ class WandbTracker(NoTracker):
         self.summary({"checkpoint/step": checkpoint.step, "checkpoint/path": str(checkpoint.path)})
 
     def use(self, handoff: Mapping[str, Any]) -> None:
-        self._quietly(lambda: self._want("use", artifact_name(handoff), digest=digest12(handoff)))
+        self._quietly(lambda: self._use(handoff))
+
+    def _use(self, handoff: Mapping[str, Any]) -> None:
+        if handoff.get("kind") == "hub":  # W&B has no artifact of it yet
+            place = str(handoff["path"])
+            self._want("origin", safe(f"hub-{handoff['run']}"), digest=digest12(handoff), path=place)
+        else:
+            self._want("use", handoff.get("artifact") or artifact_name(handoff), digest=digest12(handoff))
 
     def publish_handoff(self, handoff: Mapping[str, Any]) -> None:
         self._quietly(lambda: self._publish_handoff(handoff))
