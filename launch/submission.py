@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
+import re
 import subprocess
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +22,11 @@ from launch import arrays, cluster, script
 from launch.plan import Plan, Run, StagePlan, plain, runs_folder
 from launch.record import read_json, write_json, write_text
 from launch.status import OPEN, State, batch_of, state_of
+
+# What sbatch says when it has not heard, rather than been refused.
+UNSURE = re.compile(
+    r"timed out|no answer|unable to contact|zero bytes|connection (refused|reset)", re.IGNORECASE
+)
 
 
 @dataclass(frozen=True)
@@ -137,6 +143,9 @@ def send(batch: Batch, lock: int) -> str:
                 continue
             job = next(iter(found), "")
             break
+        if not job and UNSURE.search(said):
+            # The request may still be under way. The intent stays, and whoever submits next looks for the job again.
+            raise cluster.SlurmError(f"{said}; whether it took the job will show")
         if not job:
             write_json(
                 batch.folder / "batch.json", {"state": "refused", "token": batch.token, "reason": said}

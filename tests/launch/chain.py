@@ -36,6 +36,8 @@ import json, os, pathlib, sys
 here = pathlib.Path(__file__).parent
 mode = (here / "mode").read_text() if (here / "mode").exists() else ""
 count = len(list(here.glob("sent_*")))
+if mode == "late":
+    sys.exit("sbatch: error: Batch job submission failed: Socket timed out on send/recv operation")
 if mode == "refuse":
     sys.exit("sbatch: error: invalid partition specified: main")
 (here / f"sent_{count}").write_text(json.dumps({"argv": sys.argv[1:], "env": dict(os.environ)}))
@@ -69,8 +71,8 @@ print(queue.read_text() if queue.exists() else "", end="")
 def fake_slurm(folder: Path) -> Path:
     """An sbatch that answers as the real one and a squeue that shows what it took; put the folder first on PATH.
 
-    `mode` in the folder makes it refuse, lose its answer after taking the job, kill the submitter, or take no
-    more than so many elements (`most N`).
+    `mode` in the folder makes it refuse, lose its answer after taking the job, or with it (`late`), kill the
+    submitter, or take no more than so many elements (`most N`).
     """
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in (("sbatch", SBATCH), ("squeue", SQUEUE)):
