@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import sys
 import time
 import traceback
@@ -35,11 +34,6 @@ BAD_SPEC = {
     ),
     *("StageError", "HandoffError", "SpecError", "InterchangeError"),
 }
-# What a rank raises when another one is gone or the disk is full: nothing that the same code would meet again.
-NOT_OURS = re.compile(
-    r"gloo/transport|ncclRemoteError|connection (closed|reset|refused)|broken pipe|no space left|file too large|quota",
-    re.IGNORECASE,
-)
 
 
 @dataclass(frozen=True)
@@ -130,8 +124,6 @@ class StageJob:
         traceback.print_exc()
         told = type(error).__module__.split(".")[0] in ("launch", "moe", "data")  # written to be read
         kind = "bad spec" if type(error).__name__ in BAD_SPEC else getattr(error, "verdict", "error")
-        if kind == "error" and NOT_OURS.search(str(error)):
-            kind = "infrastructure"
         facts: dict[str, Any] = {
             "kind": kind,
             "message": str(error)[:2000] if told else f"{type(error).__name__}: {error}"[:2000],
