@@ -17,12 +17,15 @@ from typing import Any
 from launch import cluster
 from launch.address import name
 from launch.exits import OK
+from launch.findings import failures_of
 from launch.ledger import brief
 from launch.reasons import ENDS, VERDICTS, waiting
 from launch.record import RunFolder, read_json
 from launch.show import look
 from launch.spec import Duration
 from launch.status import State, batch_of, job_of, label, state_of
+
+TRACE = 20  # lines of a traceback
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,7 @@ class Sight:
     grace: float = 0.0
     row: Mapping[str, Any] = field(default_factory=dict)  # the newest of metrics.jsonl
     where: str = ""  # the source line that failed, of the newest attempt
+    trace: str = ""  # of the rank that failed first
     log: str = ""
 
 
@@ -50,6 +54,7 @@ class Story:
     why: str
     todo: str
     events: tuple[tuple[float, str], ...]
+    trace: str = ""
 
 
 def explain(chosen: Sequence[RunFolder], options: argparse.Namespace) -> int:
@@ -73,6 +78,8 @@ def explain(chosen: Sequence[RunFolder], options: argparse.Namespace) -> int:
     for at, text in story.events:
         print(f"  {clock(at, now)}  {text}")
     print(f"why: {story.why}")
+    for text in story.trace.splitlines():
+        print(f"     | {text}")
     if story.todo:
         print(f"do:  {story.todo}")
     if seen.why:
@@ -92,10 +99,10 @@ def sight(folder: RunFolder, state: State, queue: Mapping[str, cluster.Job] | No
     spec = read_json(folder.spec_file) or {}
     parent = str(folder.run.get("parent") or "")
     attempt = next((str(r["attempt"]) for r in reversed(journal) if r.get("attempt")), "")
-    failures = (
-        [read_json(path) or {} for path in folder.logs(attempt).glob("failure_*.json")] if attempt else []
-    )
-    first = min(failures, key=lambda failure: failure.get("time", 1e12), default={})
+    failures = failures_of(folder, attempt) if attempt else []
+    first = next((failure for failure in failures if failure.get("kind") != "lost peer"), {})
+    hang = (read_json(folder.logs(attempt) / "hang.json") if attempt else None) or {}
+    rank = int(first.get("rank", (hang.get("ranks") or [0])[0]))
     return Sight(
         journal=journal,
         state=state,
@@ -107,7 +114,8 @@ def sight(folder: RunFolder, state: State, queue: Mapping[str, cluster.Job] | No
         grace=_seconds(spec, "grace"),
         row=folder.last_metrics(),
         where=str((first.get("where") or [""])[-1]),
-        log=str(folder.log_of(attempt, int(first.get("rank", 0)))) if attempt else "",
+        trace=str(first.get("traceback", "")),
+        log=str(folder.log_of(attempt, rank)) if attempt else "",
     )
 
 
@@ -122,7 +130,9 @@ def tell(seen: Sight, now: float) -> Story:
     """The story that follows from what was seen."""
     events = tuple(_events(seen))
     cause, why, todo = _why(seen, now)
-    return Story(cause, why[:1].upper() + why[1:] + "." * (not why.endswith((".", "!"))), todo, events)
+    why = why[:1].upper() + why[1:] + "." * (not why.endswith((".", "!")))
+    trace = seen.trace if cause in ("error", "out of memory", "infrastructure") else ""
+    return Story(cause, why, todo, events, "\n".join(trace.splitlines()[-TRACE:]))
 
 
 # ------------------------------------------------------------------------------------------ what happened
@@ -151,6 +161,8 @@ def _events(seen: Sight) -> list[tuple[float, str]]:
             told.append((at, f"{record.get('by') or 'someone'} asked to cancel it"))
         elif event == "requeued":
             told.append((at, f"{record.get('by') or 'someone'} asked to requeue it"))
+        elif event == "refused":
+            told.append((at, f"SLURM refused {record.get('what')}: {_first(str(record.get('reason', '')))}"))
         elif event == "verdict":
             told.append((at, f"{which} {_ended(seen, record, saved, begun, at)}"))
             asked, begun = at, 0.0
@@ -170,14 +182,14 @@ def _ended(seen: Sight, record: Mapping[str, Any], saved: int, begun: float, at:
     """One attempt's end, in words."""
     verdict, reason = str(record.get("verdict")), str(record.get("reason", ""))
     said = VERDICTS.get(verdict, (f"ended: {verdict}", ""))[0]
-    if verdict == "preempted":
-        said = _preempted(seen, record, reason, begun, at)
+    if verdict in ("preempted", "timeout"):
+        said = _preempted(seen, record, reason, begun, at) if verdict == "preempted" else _timeout(reason)
         reason = ""
     text = said + (f": {_first(reason)}" if reason and verdict not in ("finished", "cancelled") else "")
     if verdict not in ("finished", "bad spec") and saved:
         text += f"; step {saved} is saved"
     if record.get("excluded"):
-        text += f"; {_names(record['excluded'])} will not be used again"
+        text += f"; avoiding {_names(record['excluded'])} for now"
     if record.get("delay"):
         text += f"; it waits {brief(float(record['delay']))} before the next attempt"
     if record.get("again"):
@@ -193,6 +205,12 @@ def _end_of(seen: Sight, record: Mapping[str, Any]) -> str:
     begun = min((float(r.get("time", 0.0)) for r in mine if r["event"] in ("launched", "start")), default=0.0)
     saved = max((int(r.get("step", 0)) for r in mine if r["event"] == "saved"), default=0)
     return _ended(seen, record, saved, begun, float(record.get("time", 0.0)))
+
+
+def _timeout(reason: str) -> str:
+    if reason == "before a save":
+        return "reached its walltime before it could save"
+    return "came near its walltime and left after a save"
 
 
 def _preempted(seen: Sight, record: Mapping[str, Any], reason: str, begun: float, at: float) -> str:
@@ -317,6 +335,8 @@ def _verdict(seen: Sight, record: Mapping[str, Any]) -> tuple[str, str, str]:
         text = f"it was preempted ({reason or 'no reason given'}) and did not come back"
     elif verdict == "preempted":
         text = "it was preempted and requeued, and is no longer in the queue"
+    elif verdict == "timeout" and record.get("again"):
+        text = "it came near its walltime and was requeued, and is no longer in the queue"
     return verdict, text, todo + (f"\n     log: {seen.log}" if seen.log else "")
 
 

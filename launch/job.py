@@ -6,6 +6,7 @@ warning is held back, the log is in place and the code is the one the run was su
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import sys
@@ -16,24 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from launch.causes import kind
 from launch.preemption import Preemption
+from launch.pulse import Pulse
 from launch.record import RunFolder, read_json, write_json
+from launch.watch import DUMP, Limits
 
 EXIT_ERROR = 1
-
-# Errors that say, in words for the user, what the same code would meet again on the next attempt.
-BAD_SPEC = {
-    *(
-        "DataError",
-        "CatalogError",
-        "ImageError",
-        "RecordError",
-        "BackboneError",
-        "UpcycleError",
-        "DispatchError",
-    ),
-    *("StageError", "HandoffError", "SpecError", "InterchangeError"),
-}
 
 
 @dataclass(frozen=True)
@@ -85,6 +75,12 @@ class StageJob:
             return EXIT_ERROR
         folder = RunFolder(Path(plan["runs"][str(self.index)]))
         self._redirect(folder.log_of(place.attempt, place.rank))
+        faulthandler.enable()  # a crash in C writes its stack
+        faulthandler.register(
+            DUMP, all_threads=True
+        )  # as does the watch's question, whatever holds Python up
+        limits = Limits.of(read_json(folder.spec_file) or {})
+        pulse = Pulse(folder.logs(place.attempt), place.rank, place.node, min(5.0, limits.every))
         if place.rank == 0:
             # SLURM says when the job began from 23.02 on; before, what lies between is counted as queue.
             job_started = float(os.environ.get("SLURM_JOB_START_TIME") or 0.0)
@@ -93,7 +89,7 @@ class StageJob:
             self._check_code(Path(plan["code"]))
             from launch.stage import run_stage
 
-            outcome = run_stage(folder, place, warned)
+            outcome = run_stage(folder, place, warned, pulse)
         except BaseException as error:
             self._fail(folder, place, error)
             return EXIT_ERROR
@@ -123,9 +119,8 @@ class StageJob:
         """Leave what the verdict needs; never a collective here, the other ranks may be gone."""
         traceback.print_exc()
         told = type(error).__module__.split(".")[0] in ("launch", "moe", "data")  # written to be read
-        kind = "bad spec" if type(error).__name__ in BAD_SPEC else getattr(error, "verdict", "error")
         facts: dict[str, Any] = {
-            "kind": kind,
+            "kind": kind(error),
             "message": str(error)[:2000] if told else f"{type(error).__name__}: {error}"[:2000],
             "rank": place.rank,
             "node": place.node,
@@ -133,6 +128,7 @@ class StageJob:
             "where": [
                 f"{f.filename}:{f.lineno} {f.name}" for f in traceback.extract_tb(error.__traceback__)[-6:]
             ],
+            "traceback": "".join(traceback.format_exception(error))[-6000:],
         }
         write_json(folder.logs(place.attempt) / f"failure_{place.rank}.json", facts)
         print(json.dumps(facts), file=sys.stderr, flush=True)

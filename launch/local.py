@@ -19,12 +19,15 @@ from types import FrameType
 import submitit
 from submitit.local.local import start_controller
 
-from launch import verdict
+from launch.findings import comes_back, first_line, held, of_attempt
 from launch.plan import Plan, Run, runs_folder
 from launch.progress import Progress
-from launch.record import write_json
+from launch.pulse import beats
+from launch.record import read_json, write_json
 from launch.status import alive, batch_of, children, started, state_of
 from launch.submission import Batch, host, locked, prepare, token_of
+from launch.verdict import speak
+from launch.watch import DUMP, Limits, Watch, note
 
 
 class LocalError(Exception):
@@ -132,22 +135,28 @@ def _finish(one: Run, stage, code: Path, controllers: list[int]) -> None:  # typ
         follow(one, pid)
         controllers.remove(pid)
         attempt = f"local-{pid}"
-        found, reason = verdict.of_attempt(folder, attempt, 0)
-        interrupted = found == "preempted" and reason == "SIGTERM"
-        again = found != "finished" and not interrupted and verdict.comes_back(folder, found)
-        verdict.speak(folder, attempt, found, reason, again=again)
+        found = of_attempt(folder, attempt, 0)
+        interrupted = found.verdict == "preempted" and found.reason == "SIGTERM"
+        done = found.verdict == "finished"
+        again = not done and not interrupted and comes_back(folder, found.verdict)
+        stop = "" if done or again or interrupted else held(folder, found.verdict)
+        speak(folder, attempt, found, again=again, held=stop)
         if interrupted:
             raise KeyboardInterrupt
-        if found != "finished" and not again:
-            raise LocalError(f"{one.name}: {found}: {reason}\n  log: {folder.logs(attempt)}/rank_0.log")
-        if found != "finished":
-            print(f"{one.name}: {found} ({reason}); starting again", flush=True)
+        if not done and not again:
+            log = f"{folder.logs(attempt)}/rank_{found.rank}.log"
+            raise LocalError(f"{one.name}: {found.verdict}: {found.reason}\n  log: {log}")
+        if not done:
+            print(f"{one.name}: {found.verdict} ({first_line(found.reason)}); starting again", flush=True)
 
 
 def follow(one: Run, pid: int) -> None:
     """Show the run's progress until its controller has ended."""
     batch = batch_of(one.folder)
     token = int(batch[0].get("started", 0)) if batch else 0
+    logs = one.folder.logs(f"local-{pid}")
+    watch = Watch(Limits.of(read_json(one.folder.spec_file) or {}), one.spec.gpus)
+    looked = time.monotonic()
     with Progress(one) as progress:
         while alive(pid, token):
             try:
@@ -155,7 +164,16 @@ def follow(one: Run, pid: int) -> None:
                     break
             except ChildProcessError:
                 pass  # another submitter's
-            failed = list(one.folder.logs(f"local-{pid}").glob("failure_*.json"))
+            failed = list(logs.glob("failure_*.json"))
+            if not failed and (now := time.monotonic()) - looked > watch.limits.every:
+                silence = watch.look(beats(logs), now - looked)
+                looked = now
+                if silence:
+                    note(one.folder, f"local-{pid}", silence)
+                    for number, wait in ((DUMP, 2.0), (signal.SIGKILL, 0.0)):
+                        for rank in children(pid):
+                            _kill(rank, number)
+                        time.sleep(wait)
             if failed and time.time() - failed[0].stat().st_mtime > 10:
                 for rank in children(pid):  # one rank has failed, and the others may wait for it without end
                     _kill(rank, signal.SIGKILL)

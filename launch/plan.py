@@ -45,6 +45,7 @@ FREE = (
     "train.save_async",
     "train.keep",
     "train.log_every",
+    "train.diverged_after",
 )
 
 

@@ -49,7 +49,8 @@ def script(
     python = shlex.quote(cluster.python or sys.executable)
     # SLURM signals what this shell starts as well, a Python that is still importing included.
     verdict = f"(trap '' TERM USR2; exec {python} -m launch.verdict {shlex.quote(str(batch))} $rc)"
-    at_exit = f"rc=$?; trap - EXIT; {verdict}; exit $?"
+    at_exit = f"rc=$?; trap - EXIT; kill $watch 2>/dev/null || :; {verdict}; exit $?"
+    attempt = "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID-${SLURM_RESTART_COUNT:-0}"
     more: dict[str, object] = {
         "array": ",".join(_ranges(indices)) + (f"%{n}" if (n := cluster.array_parallelism) else ""),
         "comment": token,
@@ -76,12 +77,14 @@ def script(
         stderr_to_stdout=True,
         wckey=None,  # submitit's own default is a key that a site with accounting by keys refuses
         setup=[
+            f'echo "attempt {attempt}"',
             "trap : TERM  # preemption signals this shell too, and the verdict below must still be spoken",
             f"trap {shlex.quote(at_exit)} EXIT",
             "set -e",
             f"cd {shlex.quote(str(code))}",
             *(f"export {key}={shlex.quote(value)}" for key, value in sorted(cluster.env.items())),
             *cluster.setup,
+            f"{python} -m launch.watch {shlex.quote(str(batch))} & watch=$!",
             "export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}  # srun no longer takes it over by itself",
         ],
         srun_args=["--kill-on-bad-exit=1", "--wait=120", "--mpi=none", "--cpu-bind=none"],

@@ -36,7 +36,8 @@ class Duration(int):
         return f"{int(self)}s"
 
 
-DAY, TEN_MINUTES = Duration(24 * 3600), Duration(600)
+DAY, HALF_HOUR = Duration(24 * 3600), Duration(1800)
+TEN_MINUTES, FIVE_MINUTES = Duration(600), Duration(300)
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,8 @@ class ClusterSpec:
     mem_gb_per_gpu: float = 0.0  # 0: the partition's default
     walltime: Duration = DAY
     grace: Duration = TEN_MINUTES  # warning before the walltime: one step and one save
+    hang_after: Duration = FIVE_MINUTES  # a step silent so long, and 10 x the slowest, is a hang; 0s: never
+    load_within: Duration = HALF_HOUR  # as long may loading, a save or an evaluation be silent; 0s: for ever
     array_parallelism: int = 0  # elements of an array that run at a time; 0: all
     setup: tuple[str, ...] = ()  # shell lines before the ranks start
     python: str = ""  # the interpreter on the nodes; empty: the one that submits

@@ -70,7 +70,9 @@ class Journal(tracking.NoTracker):
         self.folder.note("saved", attempt=self.attempt, step=checkpoint.step)
 
 
-def run_stage(folder: RunFolder, place: Place, warned: Callable[[], bool]) -> str:
+def run_stage(
+    folder: RunFolder, place: Place, warned: Callable[[], bool], pulse: Callable[[str, int], None]
+) -> str:
     """Train the run's stage from where it is; returns how it ended: finished or preempted."""
     spec = Layers.read(folder.spec_file).build(ExperimentSpec)
     if folder.handoff_file.exists():
@@ -149,6 +151,7 @@ def run_stage(folder: RunFolder, place: Place, warned: Callable[[], bool]) -> st
         groups,
         start_step=start_step,
         total_steps=steps,
+        heartbeat=pulse,
         guard=journal.guard if journal else None,
     )
     try:
@@ -159,10 +162,12 @@ def run_stage(folder: RunFolder, place: Place, warned: Callable[[], bool]) -> st
     finally:
         loader.close()
     if outcome is Outcome.FINISHED:
+        pulse("evaluate", engine.step)
         if groups.rank == 0:
             folder.note("evaluating", attempt=place.attempt)
         if spec.data.held_out:
             evaluate(folder, model, tokenizer, spec, image, groups, tracker)
+        pulse("end", engine.step)
         _hand_over(folder, checkpoints, parent, tracker, journal)
     if groups.rank == 0:
         report = loader.report()

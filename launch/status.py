@@ -108,7 +108,8 @@ def _judge(facts: Facts, queue: Mapping[str, Job] | None, batches: Batches) -> t
     if facts.said == "cancelled":
         return "cancelled", f"by {facts.by}" if facts.by else "", ""
     if facts.said == "verdict":
-        name = {"preempted": "stopped", "cancelled": "cancelled"}.get(facts.verdict, "failed")
+        ends = {"preempted": "stopped", "timeout": "stopped", "cancelled": "cancelled"}
+        name = ends.get(facts.verdict, "failed")
         return name, f"{facts.verdict}: {facts.reason}".removesuffix(": "), ""
     if job and not facts.started and (why := broken_parent(facts.parent, queue)):
         return "cancelled", f"cancelled by SLURM because {why}", ""

@@ -79,7 +79,7 @@ class Facts(NamedTuple):
             done=handoff_step(folder),
             said=str(said.get("event", "")),
             verdict=str(said.get("verdict", "")),
-            reason=str(said.get("reason", "")),
+            reason=str(said.get("reason", "")) + (f" ({said['held']})" if said.get("held") else ""),
             by=str(said.get("by", "")),
         )
 

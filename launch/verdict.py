@@ -11,59 +11,76 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 
-from launch import cluster
+from launch import avoid, cluster
+from launch.causes import CAUSES
+from launch.findings import Finding, comes_back, delay, first_line, fruitless, held, of_attempt
 from launch.record import RunFolder, read_json
 
-BUDGETS = {
-    "infrastructure": 5,
-    "error": 1,
-}  # attempts that may follow one another without a saved step between them
 
-
-def of_attempt(folder: RunFolder, attempt: str, exit_code: int) -> tuple[str, str]:
-    """What the ranks left behind says: (verdict, reason)."""
-    journal = folder.journal
-    events = [record for record in journal if record.get("attempt") == attempt]
-    asked = [record["event"] for record in journal if record["event"] in ("submitting", "cancelled")]
-    ended = next((record for record in reversed(events) if record["event"] == "ended"), None)
-    if asked and asked[-1] == "cancelled" and not (ended and ended["outcome"] == "finished"):
-        return "cancelled", "on request"
-    if ended:
-        return str(ended["outcome"]), str(ended.get("reason", ""))
-    if failures := sorted(folder.logs(attempt).glob("failure_*.json")):
-        # Every rank fails once one has; the one that failed first knows why.
-        first = min(
-            (read_json(path) or {} for path in failures), key=lambda failure: failure.get("time", 1e12)
-        )
-        return str(first.get("kind", "error")), str(first.get("message", ""))
-    if not events:
-        return "infrastructure", "no rank started" if exit_code else "the ranks left no record"
-    return "infrastructure", f"srun ended with {exit_code} and no rank said why: a node or a rank was lost"
-
-
-def fruitless(folder: RunFolder, verdict: str) -> int:
-    """How often this verdict was spoken since the run last saved a step."""
-    count = 0
-    for record in folder.journal:
-        if record["event"] in ("saved", "released"):
-            count = 0
-        elif record["event"] == "verdict" and record.get("verdict") == verdict:
-            count += 1
-    return count
-
-
-def speak(folder: RunFolder, attempt: str, verdict: str, reason: str, *, again: bool) -> None:
+def speak(folder: RunFolder, attempt: str, found: Finding, *, again: bool, **more: object) -> None:
     """Write the verdict to the run's journal."""
-    folder.note("verdict", attempt=attempt, verdict=verdict, reason=reason, again=again)
+    facts = {key: value for key, value in more.items() if value}
+    folder.note("verdict", attempt=attempt, verdict=found.verdict, reason=found.reason, again=again, **facts)
 
 
-def comes_back(folder: RunFolder, verdict: str) -> bool:
-    """Whether a run with this verdict starts another attempt."""
-    if verdict == "preempted":
-        return True
-    return fruitless(folder, verdict) < BUDGETS.get(verdict, 0)
+def judged(
+    found: Finding,
+    facts: Mapping[str, str],
+    restarts: int,
+    *,
+    asked: bool = False,
+    lost: tuple[str, ...] = (),
+) -> Finding:
+    """The finding in the light of what SLURM says of the job.
+
+    `asked`: a user wanted it requeued; `lost`: nodes of the job that SLURM holds for down.
+
+    While this script runs the job is RUNNING, unless SLURM is ending it: to restart it, at the walltime, or for good.
+    """
+    if found.verdict in ("finished", "cancelled"):
+        return found
+    restarted = int(facts.get("Restarts", restarts)) > restarts
+    preempted = facts.get("PreemptTime", "None") not in ("None", "Unknown", "")
+    ending = facts.get("JobState") in ("COMPLETING", "CANCELLED") and facts.get("Reason") != "TimeLimit"
+    if ending and not restarted and not preempted:
+        return Finding("cancelled", "scancel")
+    if found.verdict == "preempted":
+        warned = found.reason == "SIGUSR2" and facts and not (preempted or asked)
+        return Finding("timeout", found.reason) if warned or found.reason == "walltime" else found
+    if restarted:
+        if lost and not preempted:
+            return Finding("infrastructure", f"SLURM lost {', '.join(lost)}", lost)
+        # SLURM took the nodes away and killed the ranks; whatever they say of it is a consequence.
+        return Finding("preempted", "requeued by SLURM before a save")
+    if ending:
+        return Finding("preempted", "before a save")
+    if facts.get("Reason") == "TimeLimit":
+        return Finding("timeout", "before a save")
+    if asked and found.verdict == "infrastructure":
+        return Finding("preempted", "requeued on request, before its ranks could save")
+    return found
+
+
+def progress(folder: RunFolder, found: Finding) -> Finding:
+    """The finding, or that the run gets no further, whatever ends its attempts."""
+    cause = CAUSES.get(found.verdict)
+    if cause is None or cause.budget in (None, 0) or comes_back(folder, found.verdict):
+        return found
+    words = held(folder, found.verdict)
+    if found.verdict == "timeout":
+        return Finding("no progress", f"{words}: the walltime is too short for loading, a step and a save")
+    if fruitless(folder, found.verdict) < (cause.budget or 0):
+        return Finding("no progress", f"{words}; the last: {found.verdict}: {first_line(found.reason)}")
+    return found
+
+
+def requested(folder: RunFolder) -> bool:
+    """Whether a user asked for another attempt during this one."""
+    record = folder.last("requeued", "verdict", "submitting")
+    return record is not None and record["event"] == "requeued"
 
 
 def requeue(element: str) -> str:
@@ -81,6 +98,19 @@ def requeue(element: str) -> str:
     return said
 
 
+def change(element: str, *settings: str) -> str:
+    """Change a requeued element, which SLURM allows only from the requeue on; what it said if it would not."""
+    said = ""
+    for wait in (0, 0.3, 1):
+        time.sleep(wait)
+        try:
+            cluster.call("scontrol", "update", f"JobId={element}", *settings, timeout=20)
+            return ""
+        except cluster.SlurmError as error:
+            said = str(error)
+    return said
+
+
 def main(arguments: list[str]) -> int:
     """`python -m launch.verdict BATCH EXIT_CODE`, on the batch host."""
     for warning in (signal.SIGTERM, signal.SIGUSR2):
@@ -91,32 +121,37 @@ def main(arguments: list[str]) -> int:
     folder = RunFolder(Path(plan["runs"][os.environ["SLURM_ARRAY_TASK_ID"]]))
     restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
     attempt = f"{element}-{restarts}"
-    verdict, reason = of_attempt(folder, attempt, exit_code)
+    found = of_attempt(folder, attempt, exit_code, batch / "slurm" / f"{element}_0_log.out")
     try:
         facts = cluster.show(element)
     except cluster.SlurmError:
         facts = {}  # slurmctld away: requeue below tries again, and a job that it lost anyway is in its hands
     restarted = int(facts.get("Restarts", restarts)) > restarts
-    # While this script runs the job is RUNNING, unless SLURM is ending it: to restart it, at the walltime, or for good.
-    ending = facts.get("JobState") in ("COMPLETING", "CANCELLED") and facts.get("Reason") != "TimeLimit"
-    if verdict != "finished" and ending and not restarted:
-        verdict, reason = "cancelled", "scancel"
-    elif verdict != "finished" and restarted and verdict != "preempted":
-        # SLURM took the node away and killed the ranks; whatever they say of it is a consequence.
-        verdict, reason = "preempted", "requeued by SLURM before a save"
-    again = restarted or comes_back(folder, verdict)
-    speak(folder, attempt, verdict, reason, again=again)
-    print(f"{folder.path.name}: attempt {attempt}: {verdict}{': ' + reason if reason else ''}", flush=True)
-    if verdict in ("finished", "cancelled") or restarted:
+    lost = avoid.down(os.environ.get("SLURM_JOB_NODELIST", "")) if restarted else ()
+    found = judged(found, facts, restarts, asked=requested(folder), lost=lost)
+    found = found if restarted else progress(folder, found)
+    again = restarted or comes_back(folder, found.verdict)
+    wait = delay(folder, found.verdict) if again else 0
+    nodes = avoid.Nodes.of(batch.parent.parent, folder, facts)
+    nodes.blame(found, attempt)
+    excluded = nodes.avoided() if again else ()
+    stop = "" if again else held(folder, found.verdict)
+    speak(folder, attempt, found, again=again, delay=wait, excluded=excluded, held=stop)
+    print(f"{folder.path.name}: attempt {attempt}: {found.verdict}{': ' * bool(found.reason)}{found.reason}")
+    sys.stdout.flush()
+    if found.verdict in ("finished", "cancelled"):
         return 0
-    if again and not (said := requeue(element)):
+    if again and (restarted or not (said := requeue(element))):
+        settings = nodes.settings(excluded) + ((f"StartTime=now+{wait}",) if wait else ())
+        if settings and (refused := change(element, *settings)):
+            folder.note("refused", attempt=attempt, what=" ".join(settings), reason=refused)
+        if restarted:
+            return 0
         # What scontrol returns from is done; to stay would keep the nodes for KillWait, as SLURM's SIGTERM is ignored.
         time.sleep(1)
         return 1
-    elif again:
-        folder.note(
-            "verdict", attempt=attempt, verdict="held", reason=f"requeue refused: {said}", again=False
-        )
+    if again:
+        speak(folder, attempt, Finding("held", f"requeue refused: {said}"), again=False)
     return 1  # holds back what depends on the run
 
 

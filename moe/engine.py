@@ -32,11 +32,15 @@ from moe.spec import MoESpec, TrainSpec
 if TYPE_CHECKING:
     from moe.vlm import VLM
 
-PATIENCE = 10  # steps in a row whose gradients may be inf or nan before training stops
-
 
 class EngineError(RuntimeError):
     """Training cannot be set up, or cannot go on; the message says why and what to do."""
+
+
+class DivergedError(EngineError):
+    """The loss or the gradients stayed inf or nan; another attempt would meet the same."""
+
+    verdict = "divergence"
 
 
 @runtime_checkable
@@ -59,7 +63,7 @@ class Engine:
         parallel.start()
         self.vlm, self.spec, self.groups, self.total_steps, self.moe = vlm, spec, groups, total_steps, moe
         self.step = 0
-        self.skipped = 0  # steps in a row without an update, for gradients that were not finite
+        self.bad = 0  # steps in a row whose loss or gradients were inf or nan, up to now
         self.device = parallel.device()
         self.patches = getattr(getattr(vlm, "vision", None), "patches", 1)  # token slots of an image
         if not any(parameter.requires_grad for parameter in vlm.parameters()):
@@ -185,12 +189,13 @@ class Engine:
         return values[: len(sums)], totals
 
     def _watch(self, ce: float, norm: float) -> None:
-        self.skipped = 0 if math.isfinite(norm) else self.skipped + 1
-        if self.skipped >= PATIENCE:
-            raise EngineError(
-                f"The gradients were inf or nan in each of the last {PATIENCE} steps (loss {ce} at step "
-                f"{self.step}), so no weight changed. Lower train.optim.lr, set train.optim.clip, or look at "
-                "the data of these steps."
+        # Both are on the host already, and the same on all ranks: it costs nothing, and all raise at the same step.
+        self.bad = 0 if math.isfinite(norm) and math.isfinite(ce) else self.bad + 1
+        if 0 < self.spec.diverged_after <= self.bad:
+            raise DivergedError(
+                f"The loss or the gradients were inf or nan in each of the last {self.bad} steps (at step {self.step}: "
+                f"loss {ce}, gradient norm {norm}). Lower train.optim.lr, set train.optim.clip (it is "
+                f"{self.spec.optim.clip:g}), or look at the data of these steps."
             )
 
     # --- what a checkpoint keeps ---

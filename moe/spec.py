@@ -186,6 +186,9 @@ class TrainSpec:
     save_async: bool = False
     keep: int = 2  # complete checkpoints kept
     log_every: int = 1  # steps
+    diverged_after: int = (
+        10  # steps in a row with a loss or gradients of inf or nan; 0: train on whatever comes
+    )
     optim: OptimSpec = field(default_factory=OptimSpec)
     lora: LoraSpec = field(default_factory=LoraSpec)
 
@@ -193,6 +196,8 @@ class TrainSpec:
         for key in ("global_batch", "micro_batch", "save_every", "keep", "log_every"):
             if getattr(self, key) < 1:
                 yield key, f"{getattr(self, key)}: at least 1", ""
+        if self.diverged_after < 0:
+            yield "diverged_after", f"{self.diverged_after} is below 0", "say 0 to train on whatever comes"
         if self.steps < 0:
             yield "steps", f"{self.steps} is below 0", "say 0 to train for `epochs`"
         if self.steps == 0 and not self.epochs > 0:

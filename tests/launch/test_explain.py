@@ -152,7 +152,7 @@ HISTORIES = [
     History(
         "held back after an infrastructure failure",
         "begin time",
-        ("only after a delay", "n7 will not be used again", "waits 5m00s", "because of infrastructure"),
+        ("only after a delay", "avoiding n7 for now", "waits 5m00s", "because of infrastructure"),
         [*BEFORE, verdict(2, "infrastructure", "NCCL timeout", again=True, excluded=["n7"], delay=300)],
         ("PENDING", "BeginTime", ""),
         told=("was lost to its nodes or the network: NCCL timeout",),

@@ -7,19 +7,21 @@ from pathlib import Path
 import pytest
 
 from launch import verdict
+from launch.findings import Finding, comes_back, of_attempt
 from launch.record import RunFolder, write_json
 
 
 def failed(folder: RunFolder, rank: int, message: str, time: float, kind: str = "error") -> None:
-    write_json(folder.logs("a") / f"failure_{rank}.json", {"kind": kind, "message": message, "time": time})
+    facts = {"kind": kind, "message": message, "time": time, "rank": rank, "node": f"n{rank}"}
+    write_json(folder.logs("a") / f"failure_{rank}.json", facts)
 
 
 def test_what_the_ranks_agreed_on_is_the_verdict(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     folder.note("start", attempt="a")
     folder.note("ended", attempt="a", outcome="preempted", reason="SIGUSR2")
-    assert verdict.of_attempt(folder, "a", 0) == ("preempted", "SIGUSR2")
-    assert verdict.comes_back(folder, "preempted")
+    assert of_attempt(folder, "a", 0) == Finding("preempted", "SIGUSR2")
+    assert comes_back(folder, "preempted")
 
 
 def test_of_many_failures_the_first_knows_why(tmp_path: Path) -> None:
@@ -27,14 +29,14 @@ def test_of_many_failures_the_first_knows_why(tmp_path: Path) -> None:
     folder.note("start", attempt="a")
     failed(folder, 0, "RuntimeError: connection closed by peer", 20.0)
     failed(folder, 1, "ValueError: no such dataset", 10.0, kind="bad spec")
-    assert verdict.of_attempt(folder, "a", 1) == ("bad spec", "ValueError: no such dataset")
+    assert of_attempt(folder, "a", 1) == Finding("bad spec", "ValueError: no such dataset", rank=1)
 
 
 def test_ranks_that_left_no_word_were_lost(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
-    assert verdict.of_attempt(folder, "a", 1)[0] == "infrastructure"
+    assert of_attempt(folder, "a", 1).verdict == "infrastructure"
     folder.note("start", attempt="a")
-    assert verdict.of_attempt(folder, "a", 137) == (
+    assert of_attempt(folder, "a", 137) == Finding(
         "infrastructure",
         "srun ended with 137 and no rank said why: a node or a rank was lost",
     )
@@ -46,8 +48,8 @@ def test_each_cause_has_a_budget_that_a_saved_step_renews(tmp_path: Path, kind: 
 
     def until_held() -> int:
         made = 1
-        while verdict.comes_back(folder, kind):
-            verdict.speak(folder, str(made), kind, "", again=True)
+        while comes_back(folder, kind):
+            verdict.speak(folder, str(made), Finding(kind), again=True)
             made += 1
         return made
 
@@ -59,8 +61,8 @@ def test_each_cause_has_a_budget_that_a_saved_step_renews(tmp_path: Path, kind: 
 def test_preemptions_are_never_counted(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     for n in range(50):
-        assert verdict.comes_back(folder, "preempted")
-        verdict.speak(folder, str(n), "preempted", "", again=True)
+        assert comes_back(folder, "preempted")
+        verdict.speak(folder, str(n), Finding("preempted"), again=True)
 
 
 def test_a_cancelled_run_stays_cancelled_until_it_is_submitted_again(tmp_path: Path) -> None:
@@ -69,8 +71,8 @@ def test_a_cancelled_run_stays_cancelled_until_it_is_submitted_again(tmp_path: P
     folder.note("start", attempt="a")
     folder.note("cancelled", by="me")
     folder.note("ended", attempt="a", outcome="preempted", reason="SIGTERM")
-    assert verdict.of_attempt(folder, "a", 0)[0] == "cancelled"
-    assert not verdict.comes_back(folder, "cancelled")
+    assert of_attempt(folder, "a", 0).verdict == "cancelled"
+    assert not comes_back(folder, "cancelled")
     folder.note("submitting", batch="c", index=0)
     folder.note("ended", attempt="b", outcome="preempted", reason="SIGTERM")
-    assert verdict.of_attempt(folder, "b", 0)[0] == "preempted"
+    assert of_attempt(folder, "b", 0).verdict == "preempted"

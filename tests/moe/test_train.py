@@ -54,7 +54,7 @@ def run(folder, groups, *, total=6, stop_at=None, stop_rank=0, **changes):
         groups,
         start_step=engine.step,
         total_steps=total,
-        heartbeat=recorder.beats.append,
+        heartbeat=lambda phase, step: recorder.beats.append((phase, step)),
     )
     outcome = trainer.fit()
     weights = {name: p.detach().float().numpy().copy() for name, p in engine.vlm.named_parameters()}
@@ -77,7 +77,12 @@ def test_an_interrupted_run_ends_as_one_that_was_not(tmp_path):
     for straight, attempts, over in ranks(2)(interrupted, tmp_path):
         outcome, recorder, weights = straight
         assert outcome is Outcome.FINISHED
-        assert [step for step, _ in recorder.rows] == [1, 2, 3, 4, 5, 6] == recorder.beats
+        assert [step for step, _ in recorder.rows] == [1, 2, 3, 4, 5, 6]
+        assert recorder.beats[:7] == [
+            *(("data", 1), ("step", 1), ("agree", 1), ("data", 2), ("step", 2), ("agree", 2)),
+            ("save", 2),
+        ]
+        assert [step for phase, step in recorder.beats if phase == "save"] == [2, 4, 6]
         assert recorder.published == [2, 4, 6]
         assert [a[0] for a in attempts] == [Outcome.PREEMPTED, Outcome.PREEMPTED, Outcome.FINISHED]
         # Both ranks left after the same steps, whichever was asked; each step was taken once.
