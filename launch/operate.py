@@ -78,6 +78,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--every", type=float, default=60.0, metavar="SECONDS", help="how often with --watch")
     found = verb("report", "a page to read and to mail: curves, router balance, time, attempts, answers", "+")
     found.add_argument("--out", type=Path, metavar="FILE", help="default: report.html beside the runs")
+    verb("dashboard", "make or update the runs' saved workspace and report on W&B", "+")
     found = verb("doctor", "read the cluster's settings, and say what each means for these runs")
     found.add_argument("--write", default="", metavar="NAME", help="write experiments/clusters/NAME.yaml")
     found.add_argument("--partition", default="", help="the partition for the preset; default: most GPUs")
@@ -143,6 +144,10 @@ def _run(options: argparse.Namespace) -> int:
         from launch import page
 
         return page.report(chosen, options)
+    if options.verb == "dashboard":
+        from launch import dashboard
+
+        return dashboard.dashboard(chosen, options)
     if options.verb == "resubmit":
         from launch import again
 

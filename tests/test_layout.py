@@ -20,7 +20,8 @@ ARROWS = {"launch": {"launch", "moe", "data"}, "moe": {"moe"}, "data": {"data"}}
 DOORS = {"launch.submit", "launch.runs", "data.prepare", "data.demo"}
 # Each library's own rooms; the rest of the code goes through these.
 HOMES = {
-    "wandb": {"launch/session.py"},
+    "wandb": {"launch/session.py", "launch/panels.py"},
+    "wandb_workspaces": {"launch/panels.py"},
     "submitit": {"launch/script.py", "launch/local.py"},
     "tutel": {"moe/dispatch.py"},
     "peft": {"moe/lora.py"},
@@ -41,6 +42,7 @@ COMPUTE = {
     "launch/tracking.py",
     "launch/mirror.py",
     "launch/session.py",
+    "launch/panels.py",
     "launch/evaluate.py",
     "launch/routing.py",
     "launch/meter.py",

@@ -3,7 +3,7 @@
 It runs the client's own GraphQL documents over plain dicts. What a client asks that is not here is answered
 with null and kept in `unknown`: tests assert that it is empty, so that a new client's new questions show up
 as what they are.
-Left out: logins, views, registries, multipart uploads, rewinding, several writers of one run.
+Left out: logins, registries, multipart uploads, rewinding, several writers of one run.
 """
 
 from __future__ import annotations
@@ -212,6 +212,7 @@ class WandbServer:
         self.artifacts: dict[str, Artifact] = {}
         self.manifests: dict[str, str] = {}  # id -> artifact id
         self.blobs: dict[str, bytes] = {}
+        self.views: dict[str, dict[str, Any]] = {}  # saved workspaces and reports, by id
         self.faults: list[Fault] = []
         self.unknown: set[str] = set()
         self.payloads: list[bytes] = []  # everything any client sent
@@ -314,6 +315,7 @@ class WandbServer:
             "createArtifactFiles": lambda a: self._create_files(a["input"]),
             "commitArtifact": lambda a: self._commit(a["input"]["artifactID"]),
             "useArtifact": lambda a: self._use(a["input"]),
+            "upsertView": lambda a: self._save_view(a["input"]),
         }
 
     def _user(self) -> dict[str, Any]:
@@ -340,7 +342,28 @@ class WandbServer:
                 self._find(name, *a["name"].split(":"))
             ),
             "artifactType": lambda a: self._artifact_type(a["name"], name),
+            "allViews": lambda a: self._views(name, a),
         }
+
+    def _views(self, project: str, asked: dict[str, Any]) -> dict[str, Any]:
+        """Those of a kind, and of a name where one is asked for."""
+        found = [
+            view
+            for view in self.views.values()
+            if view["projectName"] == project
+            and view["type"] == asked.get("viewType", "runs")
+            and asked.get("viewName") in (None, view["name"])
+        ]
+        return {"edges": [{"node": view} for view in found]}
+
+    def _save_view(self, given: dict[str, Any]) -> dict[str, Any]:
+        """A view without an id is a new one, whatever its name."""
+        if given.get("id") and given["id"] not in self.views:
+            raise ValueError(f"there is no view {given['id']}")
+        json.loads(given["spec"])
+        id = given.get("id") or base64.b64encode(f"View:{len(self.views) + 1}".encode()).decode()
+        self.views[id] = self.views.get(id, {}) | given | {"id": id}
+        return {"view": self.views[id], "inserted": not given.get("id")}
 
     def _run(self, run: Run | None) -> dict[str, Any] | None:
         if run is None:
