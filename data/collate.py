@@ -56,13 +56,13 @@ def collate(rows: Sequence[Row], pixel_values: Tensor, pad: int) -> dict[str, Te
 
     Unlike the reference's, the mask does not hide a pad token that is part of a text.
     """
-    longest = max(len(row.input_ids) for row in rows)
-    input_ids = torch.full((len(rows), longest), pad, dtype=torch.int64)
-    labels = torch.full((len(rows), longest), IGNORED, dtype=torch.int64)
-    mask = torch.zeros((len(rows), longest), dtype=torch.bool)
+    shape = (len(rows), max(len(row.input_ids) for row in rows))
+    input_ids, labels = np.full(shape, pad, np.int64), np.full(shape, IGNORED, np.int64)
+    mask = np.zeros(shape, np.bool_)
     for at, row in enumerate(rows):
         count = len(row.input_ids)
-        input_ids[at, :count] = torch.from_numpy(row.input_ids)
-        labels[at, :count] = torch.from_numpy(row.labels)
+        input_ids[at, :count] = row.input_ids
+        labels[at, :count] = row.labels
         mask[at, :count] = True
-    return {"input_ids": input_ids, "labels": labels, "attention_mask": mask, "pixel_values": pixel_values}
+    arrays = {"input_ids": input_ids, "labels": labels, "attention_mask": mask}
+    return {**{name: torch.from_numpy(array) for name, array in arrays.items()}, "pixel_values": pixel_values}

@@ -83,7 +83,6 @@ class Loader:
         rank: int,
         world: int,
         seed: int,
-        fast: bool = False,
     ) -> None:
         if faults := tokenizer_faults(tokenizer, spec.template):
             raise DataError(f"the tokenizer does not suit template {spec.template}: " + "; ".join(faults))
@@ -96,7 +95,6 @@ class Loader:
         self._replaced: list[str] = []
         self._earlier = 0  # replaced before this attempt
         self._tokens = self._slots = 0
-        self._fast = fast  # see data.images.load
         self._root = root_of(spec)
         self._shard = open_shard(self._root, image, spec.aspect)
         self._mixture = Mixture(sources_of(spec, self._root, tokenizer), patches, spec.max_length)
@@ -251,14 +249,14 @@ class Loader:
             normalise(raw, self._image, out)
             return
         try:
-            load(self._root / path, self._image, self._spec.aspect, fast=self._fast, out=out)
+            load(self._root / path, self._image, self._spec.aspect, quick=self._spec.quick_pictures, out=out)
         except ImageError:
             # A user's own file may give paths from where it lies.
             source = self._mixture.sources[self._mixture.place(sample).source]
             beside = source.index.annotation.parent / path
             if (self._root / path).exists() or not beside.exists():
                 raise
-            load(beside, self._image, self._spec.aspect, fast=self._fast, out=out)
+            load(beside, self._image, self._spec.aspect, quick=self._spec.quick_pictures, out=out)
 
     def _substitute(self, job: _Job, attempt: int) -> tuple[int, Row]:
         """Another sample with as many pictures; which one, the seed and the broken sample decide."""

@@ -56,7 +56,7 @@ def ours(index: Index, root: Path, pad: int, fast: bool) -> Contender:
         paths = [path for row in rows for path in row.images]
         pixels = torch.empty((len(paths), 3, FORMAT.size, FORMAT.size))
         for at, path in enumerate(paths):
-            load(root / path, FORMAT, "pad", fast=fast, out=pixels[at])
+            load(root / path, FORMAT, "pad", quick=fast, out=pixels[at])
         return collate(rows, pixels, pad)
 
     return batch

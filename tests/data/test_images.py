@@ -107,15 +107,15 @@ def test_sixteen_bits_are_scaled_not_saturated() -> None:
 @pytest.mark.parametrize("aspect", ["square", "pad"])
 def test_the_fast_path_is_at_most_two_grey_levels_away(aspect: Any, format: ImageFormat) -> None:
     for path in sorted((GOLDENS / "images").iterdir()):
-        exact, fast = (images.pixels(path, format, aspect, fast=fast).astype(int) for fast in (False, True))
+        exact, fast = (images.pixels(path, format, aspect, quick=fast).astype(int) for fast in (False, True))
         assert exact.shape == fast.shape
         assert np.abs(exact - fast).max() <= 2
         assert ((exact - fast) ** 2).mean() < 255**2 / 10**6.9  # 69 dB
         assert (exact != fast).mean() < 0.01
-        loaded = load(path, format, aspect, fast=True)
+        loaded = load(path, format, aspect, quick=True)
         assert (loaded - load(path, format, aspect)).abs().max() < 2.01 / 255 / min(format.std)
     thin = encoded(Image.new("RGB", (1, 90), (9, 99, 199)))
-    assert load(thin, format, aspect, fast=True).shape == (3, format.size, format.size)
+    assert load(thin, format, aspect, quick=True).shape == (3, format.size, format.size)
 
 
 def test_a_given_tensor_is_filled() -> None:
