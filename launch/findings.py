@@ -27,10 +27,11 @@ def of_attempt(folder: RunFolder, attempt: str, exit_code: int, log: Path | None
     """What the ranks and the watch left says; `log` is the batch script's, where SLURM speaks."""
     journal = folder.journal
     events = [record for record in journal if record.get("attempt") == attempt]
-    asked = [record["event"] for record in journal if record["event"] in ("submitting", "cancelled")]
+    asked = [record for record in journal if record["event"] in ("submitting", "cancelled")]
     ended = next((record for record in reversed(events) if record["event"] == "ended"), None)
-    if asked and asked[-1] == "cancelled" and not (ended and ended["outcome"] == "finished"):
-        return Finding("cancelled", "on request")
+    if asked and asked[-1]["event"] == "cancelled" and not (ended and ended["outcome"] == "finished"):
+        by = asked[-1].get("by")
+        return Finding("cancelled", f"on request of {by}" if by else "on request")
     if ended:
         return Finding(str(ended["outcome"]), str(ended.get("reason", "")))
     if watched := read_json(folder.logs(attempt) / "hang.json"):

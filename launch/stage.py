@@ -18,6 +18,7 @@ from launch import handoff, sampler, tracking
 from launch.evaluate import evaluate
 from launch.job import Place
 from launch.meter import Meter
+from launch.orders import Orders
 from launch.plan import plain
 from launch.reader import Layers
 from launch.record import RunFolder, read_json, write_json
@@ -141,17 +142,18 @@ def run_stage(
         tracker = Meter(Work.of(model, vision.patches), groups.world, tracker)
     sampled = place.local_rank == 0 and spec.wandb.system == "node" and spec.wandb.mode != "disabled"
     sampling = sampler.start(folder.path, place.node) if sampled else None
+    orders = Orders(warned, pulse, tracker, spec.train.save_every)
     trainer = Trainer(
         engine,
         loader,
         checkpoints,
         tracker,
-        warned,
+        orders,
         spec.train,
         groups,
         start_step=start_step,
         total_steps=steps,
-        heartbeat=pulse,
+        heartbeat=orders.heartbeat,
         guard=journal.guard if journal else None,
     )
     try:
@@ -161,6 +163,8 @@ def run_stage(
         raise
     finally:
         loader.close()
+    if outcome is Outcome.PREEMPTED:
+        orders.note(folder)
     if outcome is Outcome.FINISHED:
         pulse("evaluate", engine.step)
         if groups.rank == 0:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,13 +13,19 @@ from typing import Any
 import deepspeed  # noqa: F401  before ranks are forked: each would import it anew
 import pytest
 
+from launch import tracking
+from launch.findings import comes_back, of_attempt
 from launch.job import Place
+from launch.metrics import NoTracker
 from launch.operate import main
+from launch.orders import Orders
 from launch.plan import EXPERIMENTS, Run, make, plain
-from launch.record import write_json
+from launch.record import RunFolder, write_json
 from launch.stage import run_stage
+from launch.status import state_of
+from launch.verdict import judged, requested, speak
 from tests.launch import tracked
-from tests.launch.tracked import hurried
+from tests.launch.tracked import hurried, is_online, wait
 from tests.ranks import ranks
 from tests.wandb_server import WandbServer
 
@@ -36,15 +43,15 @@ def attempt(run: Run, number: int) -> str:
     place = Place(rank=0, local_rank=0, world=1, node="localhost", attempt=f"7_0-{number}")
     place_folder = run.folder.logs(place.attempt)
     place_folder.mkdir(parents=True, exist_ok=True)
-    return run_stage(run.folder, place, lambda: False)
+    return run_stage(run.folder, place, lambda: False, lambda doing, step: None)
 
 
-def chain(folder: Path, data: Path, *changes: str) -> dict[str, Run]:
+def chain(folder: Path, data: Path, *changes: str, steps: Mapping[str, int] = STEPS) -> dict[str, Run]:
     """The demo's three runs, planned and written down as a submission does, by stage."""
     common = [f"runs={folder / 'runs'}", f"data.root={data}", "gpus=1", "wandb.system=node"]
-    steps = [f"{name}:train.steps={STEPS[stage]}" for stage, name in NAMES.items()]
+    length = [f"{name}:train.steps={steps[stage]}" for stage, name in NAMES.items()]
     plan = make(
-        EXPERIMENTS / "demo" / "stage3_moe.yaml", [*common, *steps, "moe.expert_parallel=1", *changes]
+        EXPERIMENTS / "demo" / "stage3_moe.yaml", [*common, *length, "moe.expert_parallel=1", *changes]
     )
     found = {}
     for stage in plan.stages:
@@ -123,6 +130,63 @@ def test_three_stages_tell_all_there_is(
     page = (runs["moe"].folder.path / "report.html").read_text()
     assert "which experts text and image tokens" in page
     assert f"{server.url}/team/moe-vlm/runs/{runs['moe'].id}" in page
+
+
+@pytest.mark.slow
+def test_tags_on_its_page_end_an_attempt_where_a_save_is_due(
+    server: WandbServer, tmp_path: Path, demo_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hurried(monkeypatch, ORDERS_SECONDS=0.1)
+    monkeypatch.setattr(tracking, "LOOK_SECONDS", 0.0)
+    long = dict.fromkeys(STEPS, 100_000)
+    run = chain(tmp_path, demo_data, "stage1_align:train.save_every=5", steps=long)["align"]
+    run.folder.note("submitting", batch="b", index=0)
+
+    def put() -> None:
+        wait(lambda: is_online(run.folder.path, 0))
+        wait(lambda: run.id in server.runs and len(server.runs[run.id].steps) > 2)
+        server.runs[run.id].tags.append("stop-after-save")
+
+    hand = threading.Thread(target=put)
+    hand.start()
+    assert ranks(1)(functools.partial(attempt, run, 0)) == ["preempted"]
+    hand.join()
+    saved = run.folder.last("saved")
+    assert saved is not None
+    assert saved["step"] % 5 == 0
+    assert saved["step"] == run.folder.last_metrics()["step"]
+    assert "stop-after-save" not in server.runs[run.id].tags  # the next attempt is not told again
+    found = of_attempt(run.folder, "7_0-0", 0)
+    assert (found.verdict, found.reason) == ("cancelled", "on request of the W&B tag stop-after-save")
+    assert not comes_back(run.folder, found.verdict)
+    speak(run.folder, "7_0-0", found, again=False)
+    state = state_of(run.folder, None)
+    assert (state.name, state.reason) == ("cancelled", "cancelled: on request of the W&B tag stop-after-save")
+
+
+def test_an_order_waits_for_a_save_and_a_requeue_comes_back(tmp_path: Path) -> None:
+    class Told(NoTracker):
+        def asked(self) -> frozenset[str]:
+            return frozenset({"requeue"})
+
+    folder, beats = RunFolder(tmp_path), []
+    folder.note("submitting", batch="b", index=0)
+    folder.note("start", attempt="7_0-0")
+    orders = Orders(lambda: False, lambda doing, step: beats.append(step), Told(), save_every=4)
+    for step in range(1, 5):
+        orders.heartbeat("agree", step)
+        assert orders() is (step == 4)
+    assert beats == [1, 2, 3, 4]
+    orders.note(folder)
+    folder.note("ended", attempt="7_0-0", outcome="preempted", reason="")
+    found = judged(of_attempt(folder, "7_0-0", 0), {}, 0, asked=requested(folder))
+    assert found.verdict == "preempted"
+    assert comes_back(folder, found.verdict)
+    assert folder.last("requeued")["by"] == "the W&B tag requeue"  # type: ignore[index]
+    warned = Orders(lambda: True, lambda doing, step: None, Told(), save_every=4)
+    assert warned()
+    warned.note(folder)  # a warning is no order
+    assert sum(record["event"] == "requeued" for record in folder.journal) == 1
 
 
 def check_held_out(server: WandbServer, run: Any, planned: Run) -> None:
