@@ -90,12 +90,9 @@ def run_stage(
     tokenizer = _tokenizer(spec, folder, parent, groups)
 
     checkpoints = Checkpoints(folder.checkpoints, groups, spec.train.keep)
-    resumed = checkpoints.latest()
+    resumed = checkpoints.newest()
     if resumed is None and folder.last("saved"):
-        raise StageError(
-            f"{folder.path} has history, and no checkpoint in it can be read; the run does not start again at step 0 "
-            "by itself: put a checkpoint back, or remove the folder to train it anew"
-        )
+        raise StageError(_unreadable(folder))
     model = _model(spec, len(tokenizer), None if resumed else parent, groups)
     counts = vlm.train_only(model, stage.parts(lora=spec.train.lora.rank > 0))
     vision = backbones.vision(spec.model)
@@ -116,9 +113,11 @@ def run_stage(
     engine = Engine(model, train, groups, total_steps=steps, moe=spec.moe if stage.sparse else None)
     start_step = 0
     if resumed:
-        extra = checkpoints.restore(resumed, engine)
-        start_step = resumed.step
-        loader.load_state_dict(extra["loader"])
+        found = checkpoints.resume(engine)  # that one, or an older one where its bytes are not as written
+        if found is None:
+            raise StageError(_unreadable(folder))
+        start_step = found[0].step
+        loader.load_state_dict(found[1]["loader"])
     number = sum(1 for entry in folder.journal if entry["event"] == "start")
     groups.barrier()  # all have counted the attempts before this one is noted
     if groups.rank == 0:
@@ -187,6 +186,13 @@ def run_stage(
     if sampling:
         sampling.communicate()
     return ended
+
+
+def _unreadable(folder: RunFolder) -> str:
+    return (
+        f"{folder.path} has history, and no checkpoint in it can be read; the run does not start again at step 0 "
+        "by itself: put a checkpoint back, or remove the folder to train it anew"
+    )
 
 
 def _prepare(spec: ExperimentSpec) -> None:

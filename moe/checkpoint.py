@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -24,9 +25,10 @@ from torch import nn
 from moe import randomness, storage
 from moe.fragments import weights
 from moe.parallel import Groups
-from moe.pieces import Index, fill
+from moe.pieces import Index, uncollected
+from moe.reading import fill
 from moe.saving import Guard, Save, Written
-from moe.storage import Checkpoint, CheckpointError, describe
+from moe.storage import Checkpoint, CheckpointError, Damaged, describe
 
 if TYPE_CHECKING:
     from moe.engine import Engine
@@ -106,7 +108,7 @@ class Checkpoints:
         if checkpoint is None:
             raise CheckpointError(words)
         if save.frozen is not None:
-            self._frozen = [*self._frozen, (checkpoint.path / save.frozen[0], save.frozen[1])][-2:]
+            self._frozen = [*self._frozen, (checkpoint.path / save.frozen[0], *save.frozen[1:])][-2:]
         return checkpoint
 
     def _begin(
@@ -186,27 +188,28 @@ class Checkpoints:
 
         One that is torn or corrupt is passed over, renamed aside, logged, and named in `faults`.
         """
-        candidates: list[Checkpoint] = []
-        if self.groups.rank == 0:
-            storage.recover(self.folder)
-            candidates = storage.found(self.folder)
-        for checkpoint in self._from_first(candidates):
-            wrong: list[str] = []
-            try:
-                record = describe(checkpoint.path)
-            except CheckpointError as error:
-                wrong = [str(error)]
-            else:
-                names = sorted(record["files"])
-                wrong = storage.faults(checkpoint.path, record, names[self.groups.rank :: self.groups.world])
-            wrong = sorted({fault for faults in self._gather(wrong) for fault in faults})
-            if not wrong:
+        for checkpoint, record in self._candidates():
+            names = sorted(record["files"])
+            wrong = storage.faults(checkpoint.path, record, names[self.groups.rank :: self.groups.world])
+            if not self._pass_over(checkpoint, wrong):
                 return checkpoint
-            words = f"{checkpoint.path.name} is passed over: {'; '.join(wrong)}"
-            self.faults.append(words)
-            if self.groups.rank == 0:
-                log.warning("%s", words)
-                storage.set_aside(checkpoint.path)
+        return None
+
+    def newest(self) -> Checkpoint | None:
+        """As `latest`, but the contents are not read: `resume` checks them as it loads them."""
+        return next((checkpoint for checkpoint, _ in self._candidates()), None)
+
+    def resume(self, engine: Engine) -> tuple[Checkpoint, dict[str, Any]] | None:
+        """Restore the newest checkpoint whose bytes are as written: (it, what `save` was given as extra).
+
+        As `latest` and `restore` together, and each byte is read once. None when there is none; the engine's
+        state is then undefined if there had been one. Raises CheckpointError as `restore` does.
+        """
+        for checkpoint, record in self._candidates():
+            try:
+                return checkpoint, self._restore(checkpoint, record, engine)
+            except Damaged as damage:
+                self._pass_over(checkpoint, [str(damage)])
         return None
 
     def restore(self, checkpoint: Checkpoint, engine: Engine) -> dict[str, Any]:
@@ -214,27 +217,67 @@ class Checkpoints:
         extra.
 
         Random states are each rank's own on the same number of ranks, else drawn from the first's. Raises
-        CheckpointError when the checkpoint is of another model, or trained other parameters.
+        CheckpointError when the checkpoint is of another model, or trained other parameters, or is not as written.
         """
-        error, record = "", {}
+        return self._restore(checkpoint, None, engine)
+
+    def _candidates(self) -> Iterator[tuple[Checkpoint, dict[str, Any]]]:
+        """Checkpoints whose files are there in their sizes, newest first; others are passed over."""
+        found: list[Checkpoint] = []
+        if self.groups.rank == 0:
+            storage.recover(self.folder)
+            found = storage.found(self.folder)
+        for checkpoint in self._from_first(found):
+            wrong: list[str] = []
+            record: dict[str, Any] = {}
+            try:
+                record = describe(checkpoint.path)
+            except CheckpointError as error:
+                wrong = [str(error)]
+            if not self._pass_over(checkpoint, wrong):
+                yield checkpoint, record
+
+    def _pass_over(self, checkpoint: Checkpoint, wrong: list[str]) -> bool:
+        """Whether any rank found a checkpoint wrong; it is then set aside, and `faults` says why."""
+        wrong = sorted({fault for faults in self._gather(wrong) for fault in faults})
+        if not wrong:
+            return False
+        words = f"{checkpoint.path.name} is passed over: {'; '.join(wrong)}"
+        self.faults.append(words)
+        if self.groups.rank == 0:
+            log.warning("%s", words)
+            storage.set_aside(checkpoint.path)
+        return True
+
+    def _restore(
+        self, checkpoint: Checkpoint, record: dict[str, Any] | None, engine: Engine
+    ) -> dict[str, Any]:
+        error, damaged, found = "", False, record or {}
         try:
-            record = describe(checkpoint.path)
-            fill(engine.fragments(), Index.read(checkpoint.path, record), strict=True)
-            engine.updates, engine.step = record["updates"], record["step"]
-            randomness.restore(self._random_state(checkpoint.path, record), engine.step, self.groups.rank)
+            found = record or describe(checkpoint.path)
+            with uncollected():
+                fill(engine.fragments(), Index.read(checkpoint.path, found), strict=True)
+            random = self._random_state(checkpoint.path, found)
         except (CheckpointError, OSError) as raised:
-            error = f"{checkpoint.path} cannot be restored: {raised}"
-        errors = [e for e in self._gather(error) if e]
-        if errors:
-            raise CheckpointError(errors[0])
+            error, damaged = str(raised), isinstance(raised, (Damaged, OSError))
+        said = [(words, bad) for words, bad in self._gather((error, damaged)) if words]
+        if said:
+            words = "; ".join(sorted({words for words, _ in said}))
+            kind = Damaged if all(bad for _, bad in said) else CheckpointError
+            raise kind(f"{checkpoint.path} cannot be restored: {words}" if record is None else words)
+        engine.updates, engine.step = found["updates"], found["step"]
+        randomness.restore(random, engine.step, self.groups.rank)
         engine.refresh()
-        extra: dict[str, Any] = record["extra"]
+        extra: dict[str, Any] = found["extra"]
         return extra
 
     def _random_state(self, path: Path, record: dict[str, Any]) -> dict[str, Any]:
         same = record["world"] == self.groups.world
         rank = self.groups.rank if same else 0
-        state: dict[str, Any] = json.loads((path / f"random_{rank:05d}.json").read_text())
+        name = f"random_{rank:05d}.json"
+        if wrong := storage.faults(path, record, [name]):
+            raise Damaged(wrong[0])
+        state: dict[str, Any] = json.loads((path / name).read_text())
         return state | {"own": same}
 
     # --- all ranks ---

@@ -8,23 +8,25 @@ name, a kind and a range of the whole flattened tensor; two layouts differ only 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from moe import digests
 from moe.optim import is_expert
 from moe.parallel import Groups
 
 MASTER = "master"  # the fp32 copy of a trainable parameter
 MOMENTS = ("exp_avg", "exp_avg_sq")  # Adam's averages of it
+COPY = 8 << 20  # elements a thread copies at once
 FROZEN = "frozen"  # a parameter that does not train, or a buffer
 
 
-@dataclass(frozen=True)
-class Fragment:
+class Fragment(
+    NamedTuple
+):  # thousands are made at each save: a frozen dataclass would take five times as long
     """A rank's part of one tensor: `tensor` is a 1-D view of the live state."""
 
     name: str  # of the parameter in the model
@@ -47,11 +49,11 @@ def held(model: nn.Module, optimizer: Any, adam: torch.optim.Optimizer, groups: 
     for parameter, master, moments, start, replicated in _trained(model, optimizer, adam):
         whole = _place(names[id(parameter)], MASTER, parameter, groups)
         base = 0 if hasattr(parameter, "ds_tensor") else whole.start
-        whole = replace(whole, start=base + start, tensor=master)
-        whole = whole if replicated else replace(whole, replica=0, replicas=1)
+        whole = whole._replace(start=base + start, tensor=master)
+        whole = whole if replicated else whole._replace(replica=0, replicas=1)
         pieces.append(whole)
         pieces += [
-            replace(whole, kind=kind, tensor=moment) for kind, moment in zip(MOMENTS, moments, strict=True)
+            whole._replace(kind=kind, tensor=moment) for kind, moment in zip(MOMENTS, moments, strict=True)
         ]
     pieces.sort(
         key=lambda piece: (piece.kind != MASTER, piece.kind)
@@ -94,7 +96,7 @@ def shared_out(pieces: list[Fragment]) -> list[Fragment]:
         for piece in alike:
             left, right = max(first - place, 0), min(last - place, piece.tensor.numel())
             if left < right:
-                mine.append(replace(piece, start=piece.start + left, tensor=piece.tensor[left:right]))
+                mine.append(piece._replace(start=piece.start + left, tensor=piece.tensor[left:right]))
             place += piece.tensor.numel()
     return mine
 
@@ -109,10 +111,11 @@ def refresh(optimizer: Any, adam: torch.optim.Optimizer) -> None:
         for group, parts in enumerate(optimizer.parallel_partitioned_bit16_groups):
             ranks = optimizer.real_dp_process_group[group]
             mine = parts[dist.get_rank(ranks)]
-            mine.data.copy_(adam.param_groups[group]["params"][0].data)
-            dist.all_gather_into_tensor(
-                optimizer.bit16_groups_flat[group].data, mine.data.clone(), group=ranks
-            )
+            copy([(mine.data, adam.param_groups[group]["params"][0].data)])
+            if len(parts) > 1:
+                dist.all_gather_into_tensor(
+                    optimizer.bit16_groups_flat[group].data, mine.data.clone(), group=ranks
+                )
     elif hasattr(optimizer, "fp32_partitioned_groups_flat"):  # ZeRO 3
         for group in range(len(optimizer.fp32_partitioned_groups_flat)):
             optimizer._reassign_or_swap_out_partitioned_parameters(group)
@@ -127,6 +130,24 @@ def refresh(optimizer: Any, adam: torch.optim.Optimizer) -> None:
         for low, high in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
             for weight, master in zip(low, high, strict=True):
                 weight.data.copy_(master.data)
+
+
+def copy(pairs: list[tuple[Tensor, Tensor]]) -> None:
+    """Copy second into first, flat tensors both; on a CPU by several threads: one does not fill memory's bandwidth."""
+    parts = [
+        (target[first : first + COPY], source[first : first + COPY])
+        for target, source in pairs
+        for first in range(0, target.numel(), COPY)
+    ]
+    if any(tensor.device.type != "cpu" for pair in pairs for tensor in pair):
+        for target, source in parts:
+            target.copy_(source, non_blocking=True)
+    else:
+        digests.spread(_copied, parts)
+
+
+def _copied(pair: tuple[Tensor, Tensor]) -> None:
+    pair[0].copy_(pair[1])
 
 
 def masters(optimizer: Any, adam: torch.optim.Optimizer) -> list[Tensor]:

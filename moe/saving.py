@@ -14,13 +14,13 @@ from torch import Tensor
 
 from moe import randomness, storage
 from moe.fragments import FROZEN, shared_out
-from moe.pieces import layout, runs, staged
+from moe.pieces import PIECES, layout, runs, staged, uncollected
 
 if TYPE_CHECKING:
     from moe.engine import Engine
 
 Guard = Callable[[], None]
-Written = tuple[Path, dict[str, Any]]  # a file, and its size and digest
+Written = tuple[Path, dict[str, Any], str]  # a file, its size and digest, and the digests of its pieces
 
 
 class Save:
@@ -56,19 +56,20 @@ class Save:
             },
             "extra": extra,
         }
-        self.frozen: tuple[str, dict[str, Any]] | None = None
+        self.frozen: tuple[str, dict[str, Any], str] | None = None
         self._files: dict[str, Any] = {}
         self._error = ""
         self._thread: threading.Thread | None = None
         try:
-            pieces = shared_out(engine.fragments())
-            state = [piece for piece in pieces if piece.kind != FROZEN]
-            still = [piece for piece in pieces if piece.kind == FROZEN]
-            self._texts = {
-                f"index_{self.rank:05d}.json": layout(state, self._name("state"))
-                | layout(still, self._name("frozen")),
-                f"random_{self.rank:05d}.json": randomness.state(),
-            }
+            with uncollected():
+                pieces = shared_out(engine.fragments())
+                state = [piece for piece in pieces if piece.kind != FROZEN]
+                # Widest elements first: each then begins at a multiple of its size.
+                still = sorted(
+                    (p for p in pieces if p.kind == FROZEN), key=lambda p: -p.tensor.element_size()
+                )
+                self._index = layout(state, self._name("state")) | layout(still, self._name("frozen"))
+                self._random = randomness.state()
             self._state: Iterable[memoryview] = runs(state)
             self._still = runs(still)
             if background:
@@ -100,20 +101,22 @@ class Save:
         try:
             with storage.Writer() as writer:
                 name = self._name("state")
-                self._files[name] = writer.write(self.partial / name, self._state)
+                self._files[name], state = writer.write(self.partial / name, self._state)
                 name = self._name("frozen")
-                self._files[name] = self._write_frozen(writer, self.partial / name)
-                self.frozen = (name, self._files[name])
-                for name, content in self._texts.items():
+                self._files[name], frozen = self._write_frozen(writer, self.partial / name)
+                self.frozen = (name, self._files[name], frozen)
+                self._index[PIECES] = {self._name("state"): state, name: frozen}
+                for kind, content in (("index", self._index), ("random", self._random)):
+                    name = f"{kind}_{self.rank:05d}.json"
                     text = json.dumps(content, separators=(",", ":")).encode()
-                    self._files[name] = writer.write(self.partial / name, [memoryview(text)])
+                    self._files[name], _ = writer.write(self.partial / name, [memoryview(text)])
                 name = self.partial.name
         except OSError as error:
             self._error = f"{name}: {error.strerror or error}"
         except Exception as error:
             self._error = f"{name}: {type(error).__name__}: {error}"
 
-    def _write_frozen(self, writer: storage.Writer, path: Path) -> dict[str, Any]:
+    def _write_frozen(self, writer: storage.Writer, path: Path) -> tuple[dict[str, Any], str]:
         """Frozen weights never change, so the save before the last has them on disk already: one more name
         for that file.
 
@@ -121,8 +124,8 @@ class Save:
         back.
         """
         if self._earlier is not None:
-            source, said = self._earlier
+            source, said, pieces = self._earlier
             with contextlib.suppress(OSError):
                 os.link(source, path)
-                return said
+                return said, pieces
         return writer.write(path, self._still)

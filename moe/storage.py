@@ -10,7 +10,6 @@ stands.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import re
@@ -18,13 +17,9 @@ import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-xxhash: Any
-try:  # 10 times faster than the standard library's, and enough against faults of disks and networks
-    import xxhash
-except ImportError:
-    xxhash = None
+from moe import digests
 
 COMPLETE = "COMPLETE"
 VERSION = 1
@@ -38,32 +33,16 @@ class CheckpointError(RuntimeError):
     """A checkpoint cannot be written, found or read; the message says which, why and what to do."""
 
 
+class Damaged(CheckpointError):
+    """A checkpoint's bytes are not those that were written."""
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A complete checkpoint: its folder, and how many steps had been taken."""
 
     path: Path
     step: int
-
-
-class Digest(Protocol):
-    """As hashlib's objects."""
-
-    def update(self, data: Any, /) -> None:
-        """Take in more bytes."""
-
-    def hexdigest(self) -> str:
-        """All so far, in hexadecimal."""
-
-
-def digest(algorithm: str = "") -> tuple[str, Digest] | None:
-    """A new digest and its name; the fastest here, or the named one (None where that is not installed)."""
-    algorithm = algorithm or ("xxh3_128" if xxhash else "blake2b")
-    if algorithm == "xxh3_128":
-        return (algorithm, xxhash.xxh3_128()) if xxhash else None
-    if algorithm == "blake2b":
-        return algorithm, hashlib.blake2b(digest_size=16)
-    return None
 
 
 def folder_name(step: int) -> str:
@@ -115,23 +94,18 @@ def faults(path: Path, record: dict[str, Any], names: Iterable[str]) -> list[str
     """What is wrong with the contents of these files of a checkpoint, in words; reads them whole."""
     found = []
     for name in names:
-        said: str = record["files"][name]["digest"]
-        algorithm, _, value = said.partition(":")
-        fresh = digest(algorithm)
-        if fresh is None:  # sizes have been checked; that is all that can be done here
-            continue
-        hasher = fresh[1]
+        said = record["files"][name]
         try:
-            with (Path(path) / name).open("rb", buffering=0) as file:
-                buffer = bytearray(CHUNK)
-                while count := file.readinto(buffer):
-                    hasher.update(memoryview(buffer)[:count])
+            if digests.check(Path(path) / name, said["digest"], said["size"]) is False:
+                found.append(altered(path, name))
         except OSError as error:
             found.append(f"{path}: {name} cannot be read ({error.strerror})")
-            continue
-        if hasher.hexdigest() != value:
-            found.append(f"{path}: the contents of {name} are not what was written ({algorithm} differs)")
     return found
+
+
+def altered(path: Path, name: str) -> str:
+    """That a file's bytes are others than were written, in words."""
+    return f"{path}: the contents of {name} are not what was written (their digest differs)"
 
 
 def found(folder: Path) -> list[Checkpoint]:
@@ -171,9 +145,9 @@ class Writer:
             for descriptor in self._open:
                 os.close(descriptor)
 
-    def write(self, path: Path, buffers: Iterable[memoryview]) -> dict[str, Any]:
-        """Write one file; its size and digest."""
-        algorithm, hasher = digest() or ("", hashlib.blake2b())
+    def write(self, path: Path, buffers: Iterable[memoryview]) -> tuple[dict[str, Any], str]:
+        """Write one file; its size, digest, and the digests of its pieces."""
+        tree = digests.Tree()
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
         self._open.append(descriptor)
         size = waiting = 0
@@ -181,7 +155,7 @@ class Writer:
         for buffer in buffers:
             for first in range(0, len(buffer), CHUNK):
                 piece = buffer[first : first + CHUNK]
-                hasher.update(piece)
+                tree.update(piece)
                 batch.append(piece)
                 waiting += len(piece)
                 if waiting >= CHUNK or len(batch) == VECTORS:
@@ -190,7 +164,8 @@ class Writer:
                     os.posix_fadvise(descriptor, size, waiting, os.POSIX_FADV_DONTNEED)
                     size, waiting, batch = size + waiting, 0, []
         _write_all(descriptor, batch)
-        return {"size": size + waiting, "digest": f"{algorithm}:{hasher.hexdigest()}"}
+        digest, pieces = tree.finish()
+        return {"size": size + waiting, "digest": digest}, pieces
 
 
 def _write_all(descriptor: int, batch: list[memoryview]) -> None:

@@ -34,6 +34,7 @@ LIGHT = (
     "moe/stages.py",
     "moe/backbones.py",
     "moe/storage.py",
+    "moe/digests.py",
     "data/spec.py",
     "data/catalog.py",
 )

@@ -243,6 +243,86 @@ def test_a_corrupt_newest_one_falls_back_and_says_so(tmp_path, caplog, harm, fil
 
 
 @pytest.mark.parametrize(
+    ("harm", "file"),
+    [
+        (flip, "state_00000.bin"),
+        (flip, "frozen_00000.bin"),
+        (flip, "index_00000.json"),
+        (flip, "random_00000.json"),
+        (truncate, "state_00000.bin"),
+    ],
+)
+@alone
+def test_what_is_corrupt_is_found_while_it_is_loaded_and_the_one_before_taken(tmp_path, caplog, harm, file):
+    groups = Groups.single()
+    engine, steps = trained(groups)
+    checkpoints = Checkpoints(tmp_path, groups, keep=3)
+    states = {}
+    for step in (2, 3):
+        checkpoints.save(step, engine, {"of": step})
+        states[step] = state_of(engine)
+        steps()
+    fresh = engine_of(groups, seed=4)
+    assert Checkpoints(tmp_path, groups).resume(fresh) == (
+        Checkpoint(tmp_path / "step_00000003", 3),
+        {"of": 3},
+    )
+    equal(state_of(fresh), states[3])
+    harm(tmp_path / "step_00000003" / file)
+    later = Checkpoints(tmp_path, groups, keep=3)
+    fresh = engine_of(groups, seed=5)
+    assert later.resume(fresh) == (Checkpoint(tmp_path / "step_00000002", 2), {"of": 2})
+    equal(state_of(fresh), states[2])
+    assert (fresh.step, fresh.updates) == (2, 2)
+    assert re.search(rf"step_00000003 is passed over: .*{file}", later.faults[0])
+    assert later.faults[0] in caplog.text
+    flip(tmp_path / "step_00000002" / "state_00000.bin")
+    with pytest.raises(
+        CheckpointError, match=r"cannot be restored: .*the contents of state_00000\.bin are not"
+    ):
+        later.restore(Checkpoint(tmp_path / "step_00000002", 2), fresh)
+    assert later.resume(fresh) is None
+
+
+def one_rank_finds_it(folder):
+    groups = Groups.create(2)
+    engine = engine_of(groups)
+    checkpoints = Checkpoints(folder, groups, keep=2)
+    for step in (2, 3):
+        checkpoints.save(step, engine, {})
+    if groups.rank == 0:
+        flip(folder / "step_00000003" / "state_00001.bin")  # what the other rank alone reads
+    groups.barrier()
+    found = checkpoints.resume(engine)
+    return found[0].step, checkpoints.faults
+
+
+def test_what_one_rank_finds_corrupt_all_pass_over(tmp_path):
+    for step, faults in ranks(2)(one_rank_finds_it, tmp_path):
+        assert step == 2
+        assert "the contents of state_00001.bin are not what was written" in faults[0]
+
+
+@alone
+def test_without_its_digests_pieces_a_checkpoint_is_read_unchecked(tmp_path):
+    groups = Groups.single()
+    engine, _ = trained(groups)
+    saved = Checkpoints(tmp_path, groups).save(2, engine, {})
+    want = state_of(engine)
+    file = saved.path / "index_00000.json"
+    index = {key: value for key, value in json.loads(file.read_text()).items() if key != "pieces"}
+    file.write_text(json.dumps(index))
+    record = json.loads((saved.path / "COMPLETE").read_text())
+    for name, said in record["files"].items():  # as the first checkpoints had them
+        said["digest"] = f"xxh3_128:{'0' * 32}"
+        said["size"] = (saved.path / name).stat().st_size
+    (saved.path / "COMPLETE").write_text(json.dumps(record))
+    fresh = engine_of(groups, seed=4)
+    Checkpoints(tmp_path, groups).restore(saved, fresh)
+    equal(state_of(fresh), want)
+
+
+@pytest.mark.parametrize(
     ("text", "words"),
     [
         ("[]", r"is no record of a checkpoint"),
