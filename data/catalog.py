@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Literal
 
@@ -182,8 +183,12 @@ def _named(name: str) -> list[Dataset]:
         return [DATASETS[name]]
     if name.endswith((".json", ".jsonl")):
         return [Dataset(name, name)]
-    known = ", ".join([*GROUPS, *DATASETS])
-    raise CatalogError(f"the mix names {name!r}, which is not in the catalog ({known}) and not a .json file")
+    known = [*GROUPS, *DATASETS]
+    meant = get_close_matches(name, known, n=1)
+    raise CatalogError(
+        f"the mix names {name!r}, which is not in the catalog ({', '.join(known)}) and not a .json file"
+        + (f"; did you mean {meant[0]!r}?" if meant else "")
+    )
 
 
 def annotation_path(root: Path, annotation: str) -> Path:

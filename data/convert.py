@@ -18,6 +18,7 @@ from typing import Any
 
 from data.conversation import IMAGE
 from data.records import RecordError, pairs, stream
+from data.words import kind_of
 
 Converter = Callable[[Path, str], Iterator[dict[str, Any]]]
 
@@ -75,7 +76,8 @@ def mimic_it(path: Path, prefix: str) -> Iterator[dict[str, Any]]:
     for key, section in pairs(path):
         if key != "data":
             continue
-        for name, value in section.items():
+        for name, found in section.items():
+            value = _object(path, name, found)
             images = [_join(prefix, f"{image}.jpg") for image in value.get("image_ids", [])]
             image = {"image": images if len(images) > 1 else images[0]} if images else {}
             turns = _asked(value["instruction"], value["answer"], len(images))
@@ -173,7 +175,21 @@ def _join(prefix: str, path: str) -> str:
     )
 
 
-def _object(path: Path, number: int, value: Any) -> dict[str, Any]:
+class _Fields(dict[str, Any]):
+    """A record that says where it lacks a field."""
+
+    where = ""
+
+    def __missing__(self, key: str) -> Any:
+        there = ", ".join(map(repr, list(self)[:6])) or "nothing"
+        raise RecordError(
+            f"{self.where}: there is no {key!r}, only {there}; is this the file of another kind?"
+        )
+
+
+def _object(path: Path, number: int | str, value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise RecordError(f"{path}, record {number}: expected an object, found {type(value).__name__}")
-    return value
+        raise RecordError(f"{path}, record {number}: expected an object, found {kind_of(value)}")
+    fields = _Fields(value)
+    fields.where = f"{path}, record {number}"
+    return fields

@@ -22,6 +22,7 @@ import numpy as np
 from data.conversation import IGNORED, IMAGE_ID
 from data.indexing import COLUMNS, FORMAT, Builder, faults_of, pictures, words, write_whole
 from data.offsets import backend_of
+from data.words import refused
 
 __all__ = ["Fault", "Index", "Row", "faults_of", "open_index", "pictures", "words"]
 
@@ -107,7 +108,10 @@ def open_index(
     with _locked(home / f"{name}.lock") as alone:
         if not (home / name / "meta.json").is_file():
             part = home / (f"{name}.part" if alone else f"{name}.{socket.gethostname()}.{os.getpid()}.part")
-            Builder(annotation, tokenizer, template, part, content).build(progress)
+            try:
+                Builder(annotation, tokenizer, template, part, content).build(progress)
+            except OSError as error:
+                raise OSError(f"{annotation}: its index is not whole: {refused(error, home)}") from None
             shutil.rmtree(home / name, ignore_errors=True)
             os.rename(part, home / name)
     return Index(home / name, annotation)

@@ -15,6 +15,7 @@ import numpy as np
 
 from data.conversation import IGNORED, IMAGE_ID, ConversationError, Encoded, encode_many
 from data.records import Record, stream
+from data.words import kind_of
 
 FORMAT = 1  # raise it when an index is laid out, or a conversation encoded, other than before
 MARK = 2048  # records between two marks of a build; their tokens are in memory, about 100 MB
@@ -42,14 +43,16 @@ def pictures(record: Any) -> list[str]:
     return paths
 
 
+def _keys(record: dict[str, Any]) -> str:
+    return f", only {', '.join(map(repr, list(record)[:6]))}" if record else ""
+
+
 def faults_of(record: Any) -> ConversationError | None:
     """What is wrong with a record before its texts are looked at."""
     if not isinstance(record, dict):
-        return ConversationError(
-            f"the record is a {type(record).__name__}, not an object with 'conversations'"
-        )
+        return ConversationError(f"the record is {kind_of(record)}, not an object with 'conversations'")
     if not isinstance(record.get("conversations"), list):
-        return ConversationError("the record has no list of 'conversations'")
+        return ConversationError(f"the record has no list of 'conversations'{_keys(record)}")
     if not all(isinstance(turn, dict) for turn in record["conversations"]):
         return ConversationError("a turn is not an object with 'from' and 'value'")
     if record.get("video"):

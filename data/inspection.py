@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from data.conversation import IMAGE, MOST_IMAGES, Template
 from data.images import facts
+from data.words import kind_of
 
 Found = Iterator[tuple[str, str]]  # kind, detail
 
@@ -34,10 +35,10 @@ class Picture(NamedTuple):
 def broken(record: Any, template: Template) -> tuple[str, str] | None:
     """The first thing that keeps a record from being read at all."""
     if not isinstance(record, dict):
-        return "record-type", f"it is a {type(record).__name__}"
+        return "record-type", f"it is {kind_of(record)}"
     turns = record.get("conversations")
     if not isinstance(turns, list):
-        return "no-conversations", ""
+        return "no-conversations", f"its keys are {', '.join(map(repr, list(record)[:6])) or 'none'}"
     if not turns:
         return "empty-conversation", ""
     for number, turn in enumerate(turns, 1):

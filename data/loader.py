@@ -7,6 +7,7 @@ consumer has taken, whatever was loaded ahead.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 from collections import deque
@@ -25,6 +26,7 @@ from data.images import ImageError, ImageFormat, load, normalise
 from data.index import Row
 from data.mixture import Mixture, Stream
 from data.packing import PackedStream
+from data.records import read
 from data.shards import open_shard
 from data.sources import DataError, Question, held_out, root_of, sources_of, texts
 from data.spec import DataSpec
@@ -272,7 +274,11 @@ class Loader:
 
     def _name(self, sample: int) -> str:
         place = self._mixture.place(sample)
-        return f"{self._mixture.sources[place.source].index.annotation}, record {place.record}"
+        index, id = self._mixture.sources[place.source].index, ""
+        with contextlib.suppress(OSError, ValueError):  # the file need not be there any more
+            span = (int(index.columns[name][place.record]) for name in ("start", "end"))
+            id = f" (id {read(index.annotation, *span).get('id', 'none')})"
+        return f"{index.annotation}, record {place.record}{id}"
 
     def _faults(self) -> list[str]:
         """What the indexes found untrainable, in words."""

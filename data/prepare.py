@@ -11,7 +11,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -54,10 +54,12 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--delete", action="store_true", help="delete an archive once it is unpacked")
     made = command("check", "Read everything and report what would be lost; exit code 1 if anything.")
     reading(made, required=False)
-    made.add_argument("--max-length", type=int, default=2048, help="tokens of a sequence (default: 2048)")
-    made.add_argument("--patches", type=int, default=576, help="tokens of an image (default: 576)")
+    made.add_argument(
+        "--max-length", type=_least(2), default=2048, help="tokens of a sequence (default: 2048)"
+    )
+    made.add_argument("--patches", type=_least(1), default=576, help="tokens of an image (default: 576)")
     made.add_argument("--no-pictures", action="store_true", help="do not open the pictures")
-    made.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="threads that decode")
+    made.add_argument("--workers", type=_least(1), default=os.cpu_count() or 1, help="threads that decode")
     made.add_argument("--out", type=Path, help="folder for check.json and check.html (default: ROOT/check)")
     made.add_argument("--fix", action="store_true", help="write NAME.fixed.json beside each file with losses")
     made = command("index", "Tokenise once for all runs; goes on where it was stopped.")
@@ -67,7 +69,7 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--format", choices=[*FORMATS], default="clip-336", help="what the vision tower takes")
     made.add_argument("--aspect", choices=["pad", "square"], default="pad")
-    made.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="threads that decode")
+    made.add_argument("--workers", type=_least(1), default=os.cpu_count() or 1, help="threads that decode")
     made = command("convert", "Convert a publisher's own file into the annotation schema.", mix=False)
     made.add_argument("kind", choices=[*CONVERTERS, "mimic-it-pictures"])
     made.add_argument("source", type=Path)
@@ -79,15 +81,20 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Carry out a command; its exit code."""
+    from data.words import refused
+
     options = parser().parse_args(arguments)
     try:
         return COMMANDS[options.command](options)
     except (ValueError, OSError, KeyError) as error:
         words = f"a record lacks {error}" if isinstance(error, KeyError) else str(error)
+        if isinstance(error, OSError):
+            words = refused(error, getattr(options, "out", None) or Path(getattr(options, "root", ".")))
         print(f"prepare: {words}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nprepare: stopped; the same command goes on from here", file=sys.stderr)
+        on = "the same command goes on from here" if options.command in ("index", "unpack") else "begin again"
+        print(f"\nprepare: stopped, nothing is half written; {on}", file=sys.stderr)
         return 130
 
 
@@ -125,7 +132,9 @@ def plan(options: argparse.Namespace) -> int:
         f"  unpacked pictures take about {kept:.1f} GB more, until the archives are deleted (unpack --delete)"
     )
     near = next(folder for folder in [root, *root.resolve().parents] if folder.is_dir())
-    print(f"  free under {near}: {shutil.disk_usage(near).free / GIGA:.1f} GB")
+    free = shutil.disk_usage(near).free / GIGA
+    short = "" if free > total + kept else ", too little: use a larger disk, or unpack --delete one by one"
+    print(f"  free under {near}: {free:.1f} GB{short}")
     names = " ".join(f"'{name}'" for name, _, _ in missing)
     print(f"\n  hf download {HUB} {names} --repo-type dataset --local-dir {root}")
     return 1
@@ -249,7 +258,8 @@ def pixels(options: argparse.Namespace) -> int:
     values = (record.value for file in files for record in stream(file))
     paths = (path for value in values if isinstance(value, dict) for path in pictures(value))
     made, broken = build(root, paths, form, options.aspect, options.workers)
-    print(f"{made:,} pictures in {folder(root, form, options.aspect)}")
+    place = folder(root, form, options.aspect)
+    print(f"{made:,} pictures in {place}" if made else "no pictures: nothing is written")
     for why in broken[:5]:
         print(f"  {why}")
     return 1 if broken else 0
@@ -285,6 +295,15 @@ class Bar:
         """End its line."""
         if self.live and self.last:
             print(file=sys.stderr)
+
+
+def _least(least: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is no whole number from {least} on")
+        return int(text)
+
+    return number
 
 
 def _root(options: argparse.Namespace, must: bool = True) -> Path:

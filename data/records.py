@@ -52,7 +52,7 @@ def stream(path: Path, start: int = 0, number: int = 0) -> Iterator[Record]:
                     # What the chunk cut off shows at its end, or as a string that does not end.
                     cut = error.pos > len(text) - 64 or error.msg.startswith("Unterminated string")
                     if ended or not cut:
-                        raise _broken(path, base + error.pos, number, error.msg) from None
+                        raise _broken(path, base + error.pos, number, error.msg, ended) from None
                     more = True
                 else:
                     # A number at the end of what was read may go on.
@@ -83,7 +83,7 @@ def _record(path: Path, number: int, start: int, end: int, text: str, value: Any
         try:
             value = json.loads(text.encode("latin-1").decode("utf-8"))
         except UnicodeDecodeError:
-            raise _broken(path, start, number, "the text is not UTF-8") from None
+            raise _broken(path, start, number, "the text is not UTF-8", False) from None
     return Record(number, start, end, value)
 
 
@@ -100,14 +100,17 @@ def _opening(file: Any, path: Path) -> tuple[int, bool]:
     raise RecordError(f"{path}: expected a JSON list of records, but {what}")
 
 
-def _broken(path: Path, place: int, number: int, why: str) -> RecordError:
+def _broken(path: Path, place: int, number: int, why: str, cut: bool = True) -> RecordError:
+    """The error for a byte; `cut`: the file seems to end before its time."""
     with path.open("rb") as file:
         lines, left = 1, place
         while left > 0 and (chunk := file.read(min(CHUNK, left))):
             lines, left = lines + chunk.count(b"\n"), left - len(chunk)
+        file.seek(max(0, place - 30))
+        near = file.read(min(place, 30)).split(b"\n")[-1].decode("utf-8", "replace")
+    way_out = "was the download cut short?" if cut else f"after {near!r}"
     return RecordError(
-        f"{path}, line {lines}, byte {place}, record {number}: not valid JSON ({why}); was the download "
-        "cut short?"
+        f"{path}, line {lines}, byte {place}, record {number}: not valid JSON ({why}); {way_out}"
     )
 
 

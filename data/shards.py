@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from data.images import Aspect, ImageError, ImageFormat, pixels
+from data.words import refused
 
 AT_ONCE = 256
 _ENTRY = np.dtype([("key", "<u8"), ("bytes", "<i8"), ("time", "<i8"), ("slot", "<i8")])
@@ -86,8 +87,10 @@ def build(
         try:
             facts = os.stat(root / path)
             return path, pixels(root / path, format, aspect).transpose(2, 0, 1), facts, ""
-        except (ImageError, OSError) as error:
+        except ImageError as error:
             return path, None, None, str(error)
+        except OSError as error:
+            return path, None, None, refused(error)
 
     try:
         with ThreadPoolExecutor(workers) as pool, (partial / "pixels.u8").open("wb") as file:

@@ -153,5 +153,5 @@ def test_objects_are_read_pair_by_pair(tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(RecordError, match=r"expected a JSON object, but it starts with '\['"):
         list(pairs(path))
     path.write_text("[5]")
-    with pytest.raises(RecordError, match="expected an object, found int"):
+    with pytest.raises(RecordError, match="expected an object, found a number"):
         list(CONVERTERS["lrv"](path, ""))

@@ -58,8 +58,8 @@ def test_rows_are_the_encoded_records(template: str, folder: str, tmp_path: Path
 
 
 FAULTS = [
-    ("words", "the record is a str, not an object"),
-    ({"id": 7}, "the record has no list of 'conversations'"),
+    ("words", "the record is a text, not an object"),
+    ({"id": 7}, "the record has no list of 'conversations', only 'id'"),
     ({"conversations": ["hi"]}, "a turn is not an object with 'from' and 'value'"),
     ({**record("<image>\nA?", "b"), "video": "a.mp4"}, "the record has a 'video', and only pictures"),
     ({**record("<image>\nA?", "b"), "image": 5}, "'image' must be a path or a list of paths"),

@@ -241,7 +241,7 @@ def test_a_broken_picture_is_replaced_by_its_like(root: Path, caplog: pytest.Log
     assert len(stream) == 40
     replaced = got.report()["replaced"]
     assert len(replaced) == got.report()["replaced_count"] == 2
-    assert "mixed.json, record 4: " in " ".join(replaced)
+    assert "mixed.json, record 4 (id 4): " in " ".join(replaced)
     assert "00012.png: there is no such file" in " ".join(replaced)
     assert sum("replaced a sample: " in message for message in caplog.messages) == 2
     for workers in (0, 3):
@@ -259,7 +259,7 @@ def test_over_the_budget_the_run_stops_with_the_list(root: Path) -> None:
         take(loader(spec(root)), 10)
     told = str(caught.value)
     assert told.startswith("1 samples cannot be used, and data.bad_samples allows 0:\n")
-    assert f"{root}/mixed.json, record 4: {root}/pictures/00004.png: the file is empty" in told
+    assert f"{root}/mixed.json, record 4 (id 4): {root}/pictures/00004.png: the file is empty" in told
     assert "`python data/prepare.py check`" in told
 
 
@@ -411,7 +411,7 @@ def test_held_out_questions(root: Path) -> None:
     ):
         held_out(spec(root, held_out="asked.json"))
     write(root, "asked.json", ["A?"])
-    with pytest.raises(DataError, match=r"asked.json, record 0: the record is a str, not an object"):
+    with pytest.raises(DataError, match=r"asked.json, record 0: the record is a text, not an object"):
         held_out(spec(root, held_out="asked.json"))
     with pytest.raises(DataError, match=r"there is no none.json"):
         held_out(spec(root, held_out="none.json"))

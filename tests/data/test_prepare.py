@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import signal
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 
@@ -135,7 +139,12 @@ def test_convert_writes_the_schema(tmp_path: Path, capsys: pytest.CaptureFixture
     assert main(["convert", "llava", str(source), *out]) == 2
     assert "exists already; nothing is overwritten" in capsys.readouterr().err
     assert main(["convert", "lrv", str(source), "--out", str(tmp_path / "x.json")]) == 2
-    assert "prepare: a record lacks 'image_id'" in capsys.readouterr().err
+    wrong = (
+        "mix.json, record 0: there is no 'image_id', only 'id', 'image', 'conversations'; is this the file of"
+    )
+    assert wrong in capsys.readouterr().err
+    assert main(["convert", "llava", "/no/such.json", "--out", str(tmp_path / "x.json")]) == 2
+    assert capsys.readouterr().err == "prepare: /no/such.json: there is no such file or folder\n"
     source.write_text(json.dumps({"IMG": "AAAA", "BAD": "?"}))
     assert main(["convert", "mimic-it-pictures", str(source), "--out", str(tmp_path / "LA")]) == 1
     assert "BAD: not base64" in capsys.readouterr().out
@@ -148,6 +157,7 @@ def test_convert_writes_the_schema(tmp_path: Path, capsys: pytest.CaptureFixture
         (["check", "--root", "$NO_SUCH_ROOT", "nlp"], "that variable is not set: export it, or say --root"),
         (["check", "--root", "/no/such/root", "nlp"], "--root: there is no folder /no/such/root"),
         (["check", "--root", "ROOT", "nlq"], "the mix names 'nlq', which is not in the catalog"),
+        (["check", "--root", "ROOT", "lava-ft"], "did you mean 'llava-ft'?"),
         (["check", "--root", "ROOT", "nlp", "--template", "v9"], "no template is called 'v9'; there are"),
         (
             ["index", "--root", "ROOT", "nlp", "--tokenizer", "ROOT"],
@@ -162,6 +172,63 @@ def test_what_cannot_be_done_is_told(
 ) -> None:
     assert main([str(tmp_path) if word == "ROOT" else word for word in arguments]) == 2
     assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("--max-length", "-5"), ("--workers", "0"), ("--patches", "x")]
+)
+def test_numbers_are_numbers(option: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["check", "nlp", option, value])
+    assert f"argument {option}: {value!r} is no whole number from" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_told_and_the_same_command_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """/dev/full is a disk without room, whoever writes to it."""
+    mixed(tmp_path, 9)
+    index = ["index", "--root", str(tmp_path), "mixed.json", "--tokenizer", LLAMA]
+    assert main(index) == 0
+    (made,) = (tmp_path / ".index").glob("mixed-*/")
+    want = {path.name: path.read_bytes() for path in made.iterdir()}
+    shutil.rmtree(made)
+    part = made.with_name(f"{made.name}.part")
+    part.mkdir()
+    full = part / f"mark.json.{os.getpid()}.tmp"
+    full.symlink_to("/dev/full")
+    capsys.readouterr()
+    assert main(index) == 2
+    told = capsys.readouterr().err
+    assert told.startswith(f"prepare: {tmp_path}/mixed.json: its index is not whole: the disk or quota of /")
+    assert told.endswith("MB left): make room, then say the same again\n")
+    assert not made.exists()
+    full.unlink()
+    assert main(index) == 0
+    assert {path.name: path.read_bytes() for path in made.iterdir()} == want
+
+    out = tmp_path / "out.json"
+    Path(f"{out}.{os.getpid()}.part").symlink_to("/dev/full")
+    assert main(["convert", "llava", str(tmp_path / "mixed.json"), "--out", str(out)]) == 2
+    assert "is full" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.glob("out*")) == []
+
+
+def test_ctrl_c_in_an_index_keeps_what_is_done(tmp_path: Path) -> None:
+    write(tmp_path, "talks.json", [record(f"Tell {at}", "Yes." * 20) for at in range(20_000)])
+    arguments = ["index", "--root", str(tmp_path), "talks.json", "--tokenizer", LLAMA]
+    started = subprocess.Popen([sys.executable, str(DOOR), *arguments], stderr=subprocess.PIPE, text=True)
+    place, end = tmp_path / ".index", time.monotonic() + 60
+    while not list(place.glob("*.part/mark.json")) and time.monotonic() < end:
+        time.sleep(0.01)
+    started.send_signal(signal.SIGINT)
+    _, told = started.communicate(timeout=60)
+    assert started.returncode == 130, told
+    assert "prepare: stopped, nothing is half written; the same command goes on from here" in told
+    assert "Traceback" not in told
+    assert not list(place.glob("*/meta.json"))
+    (mark,) = (json.loads(file.read_text()) for file in place.glob("*.part/mark.json"))
+    assert 0 < mark["records"] < 20_000
 
 
 def test_an_unsuitable_tokenizer_builds_no_index(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
