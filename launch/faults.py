@@ -10,6 +10,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
 
+from launch.redact import PLANTED, redact_text
+
 COMMAND_LINE = "<command line>"
 # What would move a terminal's cursor, or end the line.
 UNPRINTABLE = re.compile("[^\t\x20-\x7e\xa0-\u2027\u202f-\U0010ffff]")
@@ -45,9 +47,10 @@ class Fault:
             return f"error: {message}" + (f"\n  hint: {hint}" if hint else "")
         where = f"{at.file}:{at.line}:{at.col}" if at.line else at.file
         lines = [f"{where}: error: {message}"]
-        if at.line and at.text:
+        if at.line and at.text and PLANTED not in message:  # its line is the last thing to show
             under = re.sub(r"[^\t]", " ", at.text[: at.col - 1])
-            lines += [f"{at.line:5} | {UNPRINTABLE.sub('?', at.text)}", f"      | {under}^"]
+            text = redact_text(UNPRINTABLE.sub("?", at.text))  # what is shown may end in a log
+            lines += [f"{at.line:5} | {text}", f"      | {under}^"]
         if hint:
             lines.append(f"      = hint: {hint}")
         return "\n".join(lines)

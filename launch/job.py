@@ -21,6 +21,7 @@ from launch.causes import kind
 from launch.preemption import Preemption
 from launch.pulse import Pulse
 from launch.record import RunFolder, read_json, write_json
+from launch.redact import environment_secrets, redact_text
 from launch.watch import DUMP, Limits
 
 EXIT_ERROR = 1
@@ -117,7 +118,7 @@ class StageJob:
     @staticmethod
     def _fail(folder: RunFolder, place: Place, error: BaseException) -> None:
         """Leave what the verdict needs; never a collective here, the other ranks may be gone."""
-        traceback.print_exc()
+        known = environment_secrets()
         told = type(error).__module__.split(".")[0] in ("launch", "moe", "data")  # written to be read
         facts: dict[str, Any] = {
             "kind": kind(error),
@@ -130,6 +131,8 @@ class StageJob:
             ],
             "traceback": "".join(traceback.format_exception(error))[-6000:],
         }
+        facts |= {key: redact_text(facts[key], known) for key in ("message", "traceback")}
+        print(facts["traceback"], file=sys.stderr)
         write_json(folder.logs(place.attempt) / f"failure_{place.rank}.json", facts)
         print(json.dumps(facts), file=sys.stderr, flush=True)
 

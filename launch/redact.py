@@ -5,12 +5,14 @@ Two nets: names that say they hold a secret, and values that look like one whate
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 HIDDEN = "[hidden]"
+PLANTED = "holds a secret"  # what a fault says of a setting
 
 _NAME = re.compile(
     r"(?:^|[_\-.])(?:secrets?|tokens?|passw(?:or)?d|passphrase|pwd|api_?keys?|access_?keys?|private_?keys?|jwt|cookie"
@@ -64,6 +66,31 @@ def redact_text(text: str, known: tuple[str, ...] = ()) -> str:
     text = _URL.sub(HIDDEN, _VALUE.sub(HIDDEN, text))
     text = _BEARER.sub(lambda match: match[1] + match[2] + HIDDEN, text)
     return _ASSIGNMENT.sub(_hide, _OPTION.sub(_hide, text))
+
+
+def planted(value: Any, path: str = "") -> Iterator[str]:
+    """The dotted paths of settings that hold a secret written out; `$NAME`, or a file's path, is none."""
+    if dataclasses.is_dataclass(value):
+        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            place = f"{path}.{key}" if path else str(key)
+            if isinstance(item, str) and secret_name(str(key)) and _literal(item):
+                yield place
+            else:
+                yield from planted(item, place)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from planted(item, path)
+    elif isinstance(value, str):
+        said = [match for rule in (_ASSIGNMENT, _OPTION) for match in rule.finditer(value)]
+        named = any(secret_name(match[1]) and _literal(match[3].strip("\"'")) for match in said)
+        if named or _VALUE.search(value) or _URL.search(value) or _BEARER.search(value):
+            yield path
+
+
+def _literal(text: str) -> bool:
+    return len(text) >= 6 and not text.startswith(("$", "`", "/", "~", "<"))
 
 
 def _hide(match: re.Match[str]) -> str:

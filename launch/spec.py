@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from data.spec import DataSpec
+from launch.redact import PLANTED, planted
 from moe.spec import ModelSpec, MoESpec, TrainSpec
 from moe.stages import STAGES
 
@@ -138,6 +139,12 @@ class ExperimentSpec:
 
     def check(self) -> Iterator[Complaint]:
         """Faults that only the sections together show; `field` is a path from the top."""
+        for path in dict.fromkeys(planted(self)):
+            yield (
+                path,
+                f"{path} {PLANTED}: it would stand in job scripts and run folders for others to read",
+                "keep it in a file that you alone can read, and let cluster.setup source that",
+            )
         if self.name and not re.fullmatch(r"\w[\w.+-]*(/\w[\w.+-]*)*", self.name):
             yield "name", f"{self.name!r} cannot name a folder of runs", "use letters, digits and _ . + -"
         per_node = self.cluster.gpus_per_node

@@ -179,7 +179,8 @@ class WandbTracker(NoTracker):
         self._want("handoff", artifact_name(handoff), digest=digest12(handoff), file=str(copy))
 
     def table(self, name: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-        cells = [[_cell(value) for value in row] for row in rows]
+        known = environment_secrets()
+        cells = [[_cell(value, known) for value in row] for row in rows]
         self._want("table", name, columns=list(columns), rows=cells)
 
     def summary(self, values: Mapping[str, object]) -> None:
@@ -292,9 +293,9 @@ def _hang_up(process: subprocess.Popen[bytes]) -> None:
                 pipe.close()
 
 
-def _cell(value: object) -> object:
+def _cell(value: object, known: tuple[str, ...]) -> object:
     if isinstance(value, Path):
         return {"images": [str(value.absolute())]}
     if isinstance(value, (list, tuple)) and value and all(isinstance(item, Path) for item in value):
         return {"images": [str(item.absolute()) for item in value]}
-    return value if isinstance(value, (int, float, bool)) or value is None else redact_text(str(value))
+    return value if isinstance(value, (int, float, bool)) or value is None else redact_text(str(value), known)
