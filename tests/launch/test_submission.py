@@ -137,6 +137,11 @@ def test_of_more_runs_than_an_account_may_submit_as_many_as_fit_are_and_the_rest
     (slurm / "mode").unlink()
     assert submit(file, slurm=slurm).returncode == 0
     assert "nothing to do" in submit(file, slurm=slurm).stdout
+    files = [
+        {path.name for path in folder.iterdir() if path.is_file()}
+        for folder in tmp_path.glob("runs/batches/*")
+    ]
+    assert files == [{"batch.json", "plan.json", "script.sbatch"}] * len(files)  # whatever the array's size
     plans = [
         json.loads((path.parent / "plan.json").read_text())["runs"]
         for path in tmp_path.glob("runs/batches/*/batch.json")
