@@ -32,6 +32,7 @@ CAUSES = {
         Cause("preempted", None),  # by other jobs, or on request: says nothing about the run
         Cause("timeout", 2),  # the walltime; without a new step saved the next would end alike
         Cause("infrastructure", 5, delays=(0, 60, 300, 900), blames=1),
+        Cause("full disk", 5, delays=(30, 60, 300, 900)),  # others' files as well, so it may pass
         Cause("hang", 3, blames=2),  # the silent rank's node, when it was silent before
         Cause("out of memory", 1),  # fragmentation, or a neighbour on the node, may have been it
         Cause("error", 1),
@@ -65,6 +66,7 @@ BROKEN_NODE = re.compile(
     r"|stale file handle|input/output error|transport endpoint",
     re.IGNORECASE,
 )
+FULL_DISK = re.compile(r"no space left|quota exceeded|file too large", re.IGNORECASE)
 BROKEN_FILES = {errno.EIO, errno.ESTALE, errno.EREMOTEIO, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN}
 
 
@@ -80,6 +82,8 @@ def kind(error: BaseException) -> str:
         isinstance(error, (RuntimeError, OSError)) and OUT_OF_MEMORY.search(words)
     ):
         return "out of memory"
+    if isinstance(error, (RuntimeError, OSError)) and FULL_DISK.search(words):
+        return "full disk"
     if isinstance(error, ConnectionError):
         return "lost peer"
     if isinstance(error, OSError):

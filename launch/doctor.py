@@ -189,6 +189,14 @@ def _requeue(site: Site) -> Iterator[Fact]:
             if ours
             else "a run's own exit codes, 0 and 1, are not in it",
         )
+    most = site.number("MaxBatchRequeue", 5)
+    yield Fact(
+        "MaxBatchRequeue",
+        str(most),
+        "ok",
+        f"SLURM holds a job whose node failed for the {most + 1}th time (launch failed requeued held): runs.py requeue "
+        "lets it go, where users may; else runs.py resubmit",
+    )
     words = site.parameters()
     delay = words.get("requeue_delay") or words.get("cred_expire") or "120"
     wait = int(delay) if delay.isdigit() else 120

@@ -124,6 +124,7 @@ VERDICTS = {
         "was lost to its nodes or the network",
         "runs.py resubmit, when the cluster is well again",
     ),
+    "full disk": ("could not write to a full disk", "make room, or lower train.keep; then runs.py resubmit"),
     "hang": ("hung", "runs.py logs has the stacks of all ranks; runs.py resubmit goes on from the last save"),
     "out of memory": (
         "ran out of memory",

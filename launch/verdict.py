@@ -98,6 +98,24 @@ def requeue(element: str) -> str:
     return said
 
 
+def stay(element: str, restarts: int, seconds: float = 600) -> None:
+    """Keep the batch script until the requeue is surely written down.
+
+    slurmctld saves what it knows every 5 s. Killed before that it has forgotten the requeue, and would take the end of
+    the script for the end of the job. To stay longer than that would keep the nodes for KillWait.
+    """
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        time.sleep(6)
+        try:
+            facts = cluster.show(element)
+        except cluster.SlurmError:
+            continue  # away: it may come back without the memory of it
+        if facts.get("JobState") != "RUNNING" or int(facts.get("Restarts", 0)) > restarts:
+            return
+        requeue(element)
+
+
 def change(element: str, *settings: str) -> str:
     """Change a requeued element, which SLURM allows only from the requeue on; what it said if it would not."""
     said = ""
@@ -147,8 +165,7 @@ def main(arguments: list[str]) -> int:
             folder.note("refused", attempt=attempt, what=" ".join(settings), reason=refused)
         if restarted:
             return 0
-        # What scontrol returns from is done; to stay would keep the nodes for KillWait, as SLURM's SIGTERM is ignored.
-        time.sleep(1)
+        stay(element, restarts)
         return 1
     if again:
         speak(folder, attempt, Finding("held", f"requeue refused: {said}"), again=False)

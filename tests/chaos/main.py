@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -23,6 +24,9 @@ from tests.chaos.drive import drive
 from tests.chaos.world import ROOT, Shape, World, small_disk
 from tests.slurm.cluster import PrivateSlurm
 from tests.wandb_server import WandbServer
+
+# SLURM holds a job at its sixth node failure by default. That is for a job's life, and here it is lived in minutes.
+EXTRA = ("MaxBatchRequeue=1000",)
 
 
 def main() -> int:
@@ -46,7 +50,9 @@ def main() -> int:
         questions = here / "data" / "held_out.json"
         questions.write_text(json.dumps(json.loads(questions.read_text())[:12]))
         disk = stack.enter_context(small_disk(here / "runs", 600))
-        slurm = stack.enter_context(PrivateSlurm(isolation="net", nodes=6, kill_wait=30, slurmd_timeout=10))
+        slurm = stack.enter_context(
+            PrivateSlurm(isolation="net", nodes=8, kill_wait=30, slurmd_timeout=10, extra=EXTRA)
+        )
         server = stack.enter_context(WandbServer(slurm.place.controller))
         shape = Shape(steps=(20, 40, chosen.steps), pause=chosen.pause)
         calm = World(slurm, Shape(shape.steps, pause=0), here / "calm", here / "data", here / "calm_scratch")
@@ -76,6 +82,10 @@ def main() -> int:
         found = [b for name in world.folders for b in measure.breaks(name, world.runs_of(name), story.events)]
         result = judge(calm, world, story, found)
         chosen.out.write_text(json.dumps(result, indent=1) + "\n")
+        heavy = shutil.ignore_patterns("checkpoints", "code", "wandb")
+        shutil.copytree(
+            world.runs, chosen.out.with_suffix(""), ignore=heavy, dirs_exist_ok=True
+        )  # to look into
     return 1 if result["wrong"] else 0
 
 

@@ -15,6 +15,7 @@ from launch.pulse import Pulse
 from launch.reasons import VERDICTS
 from launch.record import RunFolder, append_line, read_lines, write_json
 from launch.verdict import judged, progress, speak
+from moe.storage import CheckpointError
 
 
 class DataError(Exception):
@@ -38,7 +39,6 @@ SAID = [
     (AssertionError("out of memory"), "error"),  # its own words, and no allocator's
     (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), "error"),
     (RuntimeError("CUDA error: device-side assert triggered"), "error"),
-    (OSError(errno.ENOSPC, "No space left on device"), "error"),
     (FileNotFoundError(2, "No such file or directory"), "error"),
     (DataError("no such column"), "bad spec"),
     (Fenced("attempt 3 holds the lease"), "fenced"),
@@ -52,6 +52,8 @@ SAID = [
     (RuntimeError("No CUDA-capable device is detected"), "infrastructure"),
     (OSError(errno.ESTALE, "Stale file handle"), "infrastructure"),
     (OSError(errno.EIO, "Input/output error"), "infrastructure"),
+    (OSError(errno.ENOSPC, "No space left on device"), "full disk"),
+    (CheckpointError("step_00000030 was not saved: rank 0: state_00000.bin: File too large"), "full disk"),
     (RuntimeError("[gloo/transport/tcp/pair.cc:546] Connection closed by peer [10.0.0.7]:3452"), "lost peer"),
     (DistBackendError("NCCL error: ncclRemoteError: remote process exited or there was a network error"), "lost peer"),
     (DistBackendError("Watchdog caught collective operation timeout: WorkNCCL(SeqNum=7)"), "lost peer"),
