@@ -9,30 +9,43 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a small file so that a reader sees all of it or none, whatever is killed when."""
+def write_text(path: Path, text: str, *, flush: bool = True) -> None:
+    """Write a small file so that a reader sees all of it or none, whatever is killed when; `flush`: and a power cut."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}")
     try:
         with open(beside, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
-            os.fsync(file.fileno())
+            if flush:
+                os.fsync(file.fileno())
         os.replace(beside, path)
-    finally:
+    except BaseException:
         beside.unlink(missing_ok=True)
-    sync_folder(path.parent)
+        raise
+    if flush:
+        sync_folder(path.parent)
 
 
-def write_json(path: Path, value: object) -> None:
+def flush_all(paths: Iterable[Path]) -> None:
+    """Bring files that were written without a flush, and their folders, to the disk: many at once are soon done."""
+    from concurrent.futures import ThreadPoolExecutor  # 10 ms that no look at the runs should wait for
+
+    files = list(paths)
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(sync_folder, files))
+        list(pool.map(sync_folder, {path.parent for path in files}))
+
+
+def write_json(path: Path, value: object, *, flush: bool = True) -> None:
     """`write_text` for a JSON value, keys in order so that equal values are equal files."""
-    write_text(path, json.dumps(value, indent=1, sort_keys=True) + "\n")
+    write_text(path, json.dumps(value, indent=1, sort_keys=True) + "\n", flush=flush)
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
@@ -44,10 +57,11 @@ def read_json(path: Path) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def append_line(path: Path, record: Mapping[str, object]) -> None:
+def append_line(path: Path, record: Mapping[str, object], *, flush: bool = True) -> None:
     """Add one record to a journal with a single write; records of several writers do not mix.
 
-    A line that a full disk or a crash cut short is ended first, so that it takes no whole one with it.
+    A line that a full disk or a crash cut short is ended first, so that it takes no whole one with it. Without `flush`
+    the caller sees to it that it is on the disk (`flush_all`).
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     line = (json.dumps(record, sort_keys=True) + "\n").encode()
@@ -58,7 +72,8 @@ def append_line(path: Path, record: Mapping[str, object]) -> None:
             line = b"\n" + line
         while line := line[os.write(handle, line) :]:
             pass  # a short write: the next one says why, or completes the line
-        os.fsync(handle)
+        if flush:
+            os.fsync(handle)
     finally:
         os.close(handle)
 
@@ -117,7 +132,7 @@ def newest_records(path: Path | str, skip: bytes = b"") -> Iterator[dict[str, An
 
 
 def sync_folder(folder: Path) -> None:
-    """Make a rename in `folder` survive a power cut; file systems that cannot are left alone."""
+    """Make a rename in `folder`, or what is in a file, survive a power cut; file systems that cannot are left alone."""
     try:
         handle = os.open(folder, os.O_RDONLY)
     except OSError:
@@ -189,9 +204,10 @@ class RunFolder:
         """What the run is: id, name, experiment, stage, identity, parent; empty for no run."""
         return read_json(self.run_file) or {}
 
-    def note(self, event: str, **facts: object) -> None:
+    def note(self, event: str, *, flush: bool = True, **facts: object) -> None:
         """Add an event to the journal: submitted, start, warned, saved, ended, verdict."""
-        append_line(self.journal_file, {"event": event, "time": round(time.time(), 3), **facts})
+        record = {"event": event, "time": round(time.time(), 3), **facts}
+        append_line(self.journal_file, record, flush=flush)
 
     @property
     def journal(self) -> list[dict[str, Any]]:

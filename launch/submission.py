@@ -20,7 +20,7 @@ from pathlib import Path
 
 from launch import arrays, cluster, script
 from launch.plan import Plan, Run, StagePlan, plain, runs_folder
-from launch.record import read_json, write_json, write_text
+from launch.record import flush_all, read_json, write_json, write_text
 from launch.status import OPEN, State, batch_of, state_of
 
 # What sbatch says when it has not heard, rather than been refused.
@@ -91,8 +91,8 @@ def prepare(batch: Batch, code: Path) -> None:
     """Write all that the job will read, then the intent."""
     for run in batch.runs:
         run.folder.path.mkdir(parents=True, exist_ok=True)
-        write_json(run.folder.spec_file, plain(run.spec))
-        write_json(run.folder.run_file, run.record(code.name))
+        write_json(run.folder.spec_file, plain(run.spec), flush=False)
+        write_json(run.folder.run_file, run.record(code.name), flush=False)
     (batch.folder / "slurm").mkdir(parents=True, exist_ok=True)
     write_json(
         batch.folder / "plan.json",
@@ -106,7 +106,13 @@ def prepare(batch: Batch, code: Path) -> None:
         write_text(batch.folder / "script.sbatch", batch.script(code))
     write_json(batch.folder / "batch.json", {"state": "intent", "token": batch.token})
     for run in batch.runs:
-        run.folder.note("submitting", batch=str(batch.folder), index=batch.element(run), code=code.name)
+        facts = {"batch": str(batch.folder), "index": batch.element(run), "code": code.name}
+        run.folder.note("submitting", **facts, flush=False)
+    flush_all(
+        file
+        for run in batch.runs
+        for file in (run.folder.spec_file, run.folder.run_file, run.folder.journal_file)
+    )
 
 
 def send(batch: Batch, lock: int) -> str:

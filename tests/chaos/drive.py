@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import random
 import time
-from collections.abc import Callable, Collection
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field
 
 from launch.status import BROKEN
@@ -13,6 +14,7 @@ from tests.chaos.events import Chaos, Kind, Target
 from tests.chaos.world import World
 from tests.slurm.daemons import SlurmError
 
+LOST_NODES = 4  # of one run: at the sixth SLURM holds the job for an administrator (MAX_BATCH_REQUEUE)
 PATIENCE = 45.0  # seconds that a run may look broken: SLURM says NODE_FAIL for a while before it requeues
 
 
@@ -89,10 +91,14 @@ def drive(
             if not (kind.lonely and chaos.away):
                 event = Event(len(story.events), kind.name, kind.warning, due)
                 try:
-                    happened = _happen(world, chaos, kind, event)
+                    nodes = {one.name for one in kinds if one.node}
+                    had = Counter(one.run for one in story.events if one.kind in nodes)
+                    happened = _happen(world, chaos, kind, event, had)
                 except SlurmError as error:
                     happened, event.words = False, str(error).splitlines()[0]
-                if happened:
+                if not happened and kind.node and min(had[name] for name in world.folders) >= LOST_NODES:
+                    pending.pop(0)  # none may lose one more
+                elif happened:
                     pending.pop(0)
                     story.events.append(event)
                     say(
@@ -106,8 +112,8 @@ def drive(
     return story
 
 
-def _happen(world: World, chaos: Chaos, kind: Kind, event: Event) -> bool:
-    """Do it, if there is something to do it to."""
+def _happen(world: World, chaos: Chaos, kind: Kind, event: Event, had: Mapping[str, int]) -> bool:
+    """Do it, if there is something to do it to; `had`: how many nodes each run has lost."""
     event.time = time.time()
     if kind.everyone:
         event.words = kind.everyone()
@@ -118,6 +124,8 @@ def _happen(world: World, chaos: Chaos, kind: Kind, event: Event) -> bool:
         for name, state in world.states(queue).items()
         if queue and state.name == "running" and queue[state.job].state == "RUNNING"
     ]
+    if kind.node:
+        running = [(name, job) for name, job in running if had.get(name, 0) < LOST_NODES]
     if not running:
         return False
     event.run, element = chaos.dice.choice(running)

@@ -25,9 +25,6 @@ from tests.chaos.world import ROOT, Shape, World, small_disk
 from tests.slurm.cluster import PrivateSlurm
 from tests.wandb_server import WandbServer
 
-# SLURM holds a job at its sixth node failure by default. That is for a job's life, and here it is lived in minutes.
-EXTRA = ("MaxBatchRequeue=1000",)
-
 
 def main() -> int:
     """Run it; returns the exit code."""
@@ -50,9 +47,7 @@ def main() -> int:
         questions = here / "data" / "held_out.json"
         questions.write_text(json.dumps(json.loads(questions.read_text())[:12]))
         disk = stack.enter_context(small_disk(here / "runs", 600))
-        slurm = stack.enter_context(
-            PrivateSlurm(isolation="net", nodes=8, kill_wait=30, slurmd_timeout=10, extra=EXTRA)
-        )
+        slurm = stack.enter_context(PrivateSlurm(isolation="net", nodes=8, kill_wait=30, slurmd_timeout=10))
         server = stack.enter_context(WandbServer(slurm.place.controller))
         shape = Shape(steps=(20, 40, chosen.steps), pause=chosen.pause)
         calm = World(slurm, Shape(shape.steps, pause=0), here / "calm", here / "data", here / "calm_scratch")
