@@ -204,10 +204,9 @@ class RunFolder:
         """What the run is: id, name, experiment, stage, identity, parent; empty for no run."""
         return read_json(self.run_file) or {}
 
-    def note(self, event: str, *, flush: bool = True, **facts: object) -> None:
+    def note(self, event: str, **facts: object) -> None:
         """Add an event to the journal: submitted, start, warned, saved, ended, verdict."""
-        record = {"event": event, "time": round(time.time(), 3), **facts}
-        append_line(self.journal_file, record, flush=flush)
+        append_line(self.journal_file, {"event": event, "time": round(time.time(), 3), **facts})
 
     @property
     def journal(self) -> list[dict[str, Any]]:

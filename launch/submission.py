@@ -20,7 +20,7 @@ from pathlib import Path
 
 from launch import arrays, cluster, script
 from launch.plan import Plan, Run, StagePlan, plain, runs_folder
-from launch.record import flush_all, read_json, write_json, write_text
+from launch.record import append_line, flush_all, read_json, write_json, write_text
 from launch.status import OPEN, State, batch_of, state_of
 
 # What sbatch says when it has not heard, rather than been refused.
@@ -107,7 +107,8 @@ def prepare(batch: Batch, code: Path) -> None:
     write_json(batch.folder / "batch.json", {"state": "intent", "token": batch.token})
     for run in batch.runs:
         facts = {"batch": str(batch.folder), "index": batch.element(run), "code": code.name}
-        run.folder.note("submitting", **facts, flush=False)
+        record = {"event": "submitting", "time": round(time.time(), 3), **facts}
+        append_line(run.folder.journal_file, record, flush=False)
     flush_all(
         file
         for run in batch.runs
