@@ -79,6 +79,13 @@ def parser() -> argparse.ArgumentParser:
     found = verb("report", "a page to read and to mail: curves, router balance, time, attempts, answers", "+")
     found.add_argument("--out", type=Path, metavar="FILE", help="default: report.html beside the runs")
     verb("dashboard", "make or update the runs' saved workspace and report on W&B", "+")
+    found = verb("drill", "rehearse: train an experiment apart, do to it what clusters do, and keep score")
+    found.add_argument("spec", type=Path, help="the experiment's YAML")
+    found.add_argument("overrides", nargs="*", metavar="key=value", help="settings over the YAML's")
+    found.add_argument("--kinds", default="", metavar="A,B", help="only these faults; default: all")
+    found.add_argument("--save-every", type=int, default=10, metavar="STEPS")
+    found.add_argument("--compare", action="store_true", help="train it undisturbed too; compare the weights")
+    found.add_argument("--seed", type=int, default=0, help="which ranks are struck")
     found = verb("doctor", "read the cluster's settings, and say what each means for these runs")
     found.add_argument("--write", default="", metavar="NAME", help="write experiments/clusters/NAME.yaml")
     found.add_argument("--partition", default="", help="the partition for the preset; default: most GPUs")
@@ -119,6 +126,10 @@ def _run(options: argparse.Namespace) -> int:
 
         return doctor.main(options)
     options.runs = Path(os.path.abspath(options.runs))
+    if options.verb == "drill":
+        from launch import drill
+
+        return drill.drill(options)
     words = [options.run] if isinstance(options.run, str) else options.run or []
     chosen = choose(find_runs(options.runs), options.runs, words, parts=options.verb not in CHANGING)
     if options.verb == "logs":
