@@ -144,7 +144,9 @@ def drill(options: argparse.Namespace) -> int:
     scores = []
     one.submit()
     for place, kind in enumerate(kinds):
-        score = one.suffer(kind, (2 * place + 1) * options.save_every + 2)
+        score = one.suffer(
+            kind, (2 * place + 2) * options.save_every + 2
+        )  # with two saves, for one to be torn
         if score:
             scores.append(score)
             say(line(score))
@@ -178,7 +180,7 @@ def drill(options: argparse.Namespace) -> int:
 
 def planned(options: argparse.Namespace, kinds: list[Kind], name: str) -> tuple[Plan, list[str]]:
     """The plan in a folder of its own, with as many steps as the faults need, and the command that submits it."""
-    steps = 2 * options.save_every * (len(kinds) + 1)
+    steps = 2 * options.save_every * (len(kinds) + 2)
     settings = [
         *options.overrides,
         f"train.steps={steps}",
