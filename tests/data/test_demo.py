@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from data import demo
+from data import demo, scenes, studio
 
 ROOT = Path(__file__).resolve().parents[2]
 PREFIXES = {
@@ -66,7 +66,7 @@ def test_each_row_has_the_references_schema_and_a_picture_that_opens(folder: Pat
             with Image.open(folder / row["image"]) as picture:
                 picture.load()
                 formats.add(picture.format)
-                assert max(picture.size) == demo.SIDE
+                assert max(picture.size) == scenes.SIDE
     assert formats == {"JPEG", "PNG"}
 
 
@@ -84,21 +84,21 @@ def test_the_same_seed_makes_the_same_bytes_and_another_seed_others(folder: Path
 
 
 def test_no_training_scene_is_held_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    drawn: dict[str, set[demo.Scene]] = {"held_out": set(), "train": set()}
-    draw, save = demo.Scene.draw, demo.Studio.save
-    last: list[demo.Scene] = []
+    drawn: dict[str, set[scenes.Scene]] = {"held_out": set(), "train": set()}
+    draw, save = scenes.Scene.draw, studio.Studio.save
+    last: list[scenes.Scene] = []
 
-    def remember(scene: demo.Scene, rng: random.Random) -> Image.Image:
+    def remember(scene: scenes.Scene, rng: random.Random) -> Image.Image:
         last.append(scene)
         return draw(scene, rng)
 
-    def sort(studio: demo.Studio, picture: Image.Image, path: str) -> str:
+    def sort(maker: studio.Studio, picture: Image.Image, path: str) -> str:
         if last:  # a photo is no scene
             drawn["held_out" if path.startswith("held_out/") else "train"].add(last.pop())
-        return save(studio, picture, path)
+        return save(maker, picture, path)
 
-    monkeypatch.setattr(demo.Scene, "draw", remember)
-    monkeypatch.setattr(demo.Studio, "save", sort)
+    monkeypatch.setattr(scenes.Scene, "draw", remember)
+    monkeypatch.setattr(studio.Studio, "save", sort)
     demo.make(tmp_path / "root", seed=0)
     assert len(drawn["held_out"]) == len(rows(tmp_path / "root", "held_out.json")) == 300
     assert len(drawn["train"]) > 2000
@@ -110,7 +110,7 @@ def test_the_answers_of_a_kind_are_even() -> None:
     for kind, chances in {"color": 6, "shape": 4, "place": 9, "count": 3, "exists": 2}.items():
         answers = Counter[str]()
         while answers.total() < 1800:
-            scene = demo.sample_scene(rng)
+            scene = scenes.sample_scene(rng)
             if kind != "place" or scene.alone():
                 answers[scene.ask(kind, rng.choice(scene.alone() or scene.items), rng)[1]] += 1
         assert len(answers) == chances
@@ -124,30 +124,30 @@ def test_held_out_asks_each_kind_as_often_and_names_it(folder: Path) -> None:
         question = row["conversations"][0]["value"].removeprefix("<image>\n")
         assert question.startswith(heads.get(row["dataset"], "Is there"))
         asked[row["dataset"]] += 1
-    assert asked == dict.fromkeys(demo.KINDS, 12)
+    assert asked == dict.fromkeys(scenes.KINDS, 12)
 
 
 def test_the_answers_are_what_was_drawn() -> None:
     """The pixel in the middle of an item has the color that the answer names, and no color is elsewhere."""
     rng = random.Random(0)
     for _ in range(200):
-        scene = demo.sample_scene(rng)
+        scene = scenes.sample_scene(rng)
         picture = scene.draw(rng)
         middles = {
-            place: picture.getpixel((32 * x + 16, 32 * y + 16)) for place, (x, y) in demo.PLACES.items()
+            place: picture.getpixel((32 * x + 16, 32 * y + 16)) for place, (x, y) in scenes.PLACES.items()
         }
         for item in scene.items:
             place, shape, color = item
-            assert middles.pop(place) == demo.COLORS[color]
+            assert middles.pop(place) == scenes.COLORS[color]
             question, answer = scene.ask("color", item, rng)
             assert answer == color
             named = question.removesuffix("?").split()[-1]
-            assert named == (shape if item in scene.alone() else demo.PLURALS[shape])
+            assert named == (shape if item in scene.alone() else scenes.PLURALS[shape])
             assert scene.ask("shape", item, rng) == (f"What shape is {color}?", shape)
             assert scene.ask("place", item, rng)[1] == place
             assert f"{color} {shape} at the {place}" in scene.caption()
-        assert set(middles.values()) <= set(demo.PAPERS)
-        assert scene.ask("count", scene.items[0], rng)[1] == demo.NUMBERS[len(scene.items)]
+        assert set(middles.values()) <= set(scenes.PAPERS)
+        assert scene.ask("count", scene.items[0], rng)[1] == scenes.NUMBERS[len(scene.items)]
         question, answer = scene.ask("exists", scene.items[0], rng)
         words = set(question.removesuffix("?").split())
         assert answer == ("yes" if any(words & {*item[1:]} for item in scene.items) else "no")
@@ -157,7 +157,7 @@ def test_a_shape_and_a_color_name_the_same_items() -> None:
     rng = random.Random(2)
     looks = Counter[int]()
     for _ in range(300):
-        items = demo.sample_scene(rng).items
+        items = scenes.sample_scene(rng).items
         assert len({place for place, _, _ in items}) == len(items)
         pairs = {item[1:] for item in items}
         assert len({shape for shape, _ in pairs}) == len({color for _, color in pairs}) == len(pairs)
@@ -167,18 +167,18 @@ def test_a_shape_and_a_color_name_the_same_items() -> None:
 
 def test_each_shape_covers_its_own_pixels() -> None:
     masks = set()
-    for shape in demo.SHAPES:
-        picture = demo.Scene((("center", shape, "red"),)).draw(random.Random(5))
+    for shape in scenes.SHAPES:
+        picture = scenes.Scene((("center", shape, "red"),)).draw(random.Random(5))
         cell = picture.crop((32, 32, 64, 64))
-        masks.add(tuple(pixel in demo.PAPERS for pixel in cell.get_flattened_data()))
-    assert len(masks) == len(demo.SHAPES)
+        masks.add(tuple(pixel in scenes.PAPERS for pixel in cell.get_flattened_data()))
+    assert len(masks) == len(scenes.SHAPES)
 
 
 def test_a_conversation_never_tells_what_it_asks_later() -> None:
     rng = random.Random(1)
     for _ in range(500):
         told: set[tuple[str, str]] = set()
-        turns = demo.sample_scene(rng).conversation(rng)
+        turns = scenes.sample_scene(rng).conversation(rng)
         assert turns
         for question, answer in turns:
             head = question.split()[0]
@@ -187,7 +187,7 @@ def test_a_conversation_never_tells_what_it_asks_later() -> None:
                 continue
             words = {word.strip("?") for word in question.replace("crosses", "cross").split()}
             words |= {word.removesuffix("s") for word in words}
-            names = words & {*demo.SHAPES, *demo.COLORS} | ({answer} if head == "What" else set())
+            names = words & {*scenes.SHAPES, *scenes.COLORS} | ({answer} if head == "What" else set())
             facts = {("place" if head == "Where" else "look", name) for name in names}
             if answer != "no":
                 assert not facts & told
@@ -206,7 +206,7 @@ def test_a_fault_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch, tmp_path
     def burst(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(demo.Studio, "photo", burst)
+    monkeypatch.setattr(studio.Studio, "photo", burst)
     with pytest.raises(KeyboardInterrupt):
         demo.make(tmp_path / "root", scale=0.02)
     assert list(tmp_path.iterdir()) == []
@@ -224,10 +224,10 @@ def test_other_data_are_never_touched(
 
 
 def test_missing_photos_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(demo, "find_spec", lambda name: None)
-    with pytest.raises(demo.DemoError, match=r"scikit-image.*pip install scikit-image"):
+    monkeypatch.setattr(studio, "find_spec", lambda name: None)
+    with pytest.raises(studio.DemoError, match=r"scikit-image.*pip install scikit-image"):
         demo.make(tmp_path / "root")
     monkeypatch.undo()
-    monkeypatch.setitem(demo.PHOTOS, "dodo.png", "a dodo")
-    with pytest.raises(demo.DemoError, match=r"has no dodo\.png"):
+    monkeypatch.setitem(studio.PHOTOS, "dodo.png", "a dodo")
+    with pytest.raises(studio.DemoError, match=r"has no dodo\.png"):
         demo.make(tmp_path / "root")
