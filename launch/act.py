@@ -110,8 +110,10 @@ def _way(line: Line, seen: Look, now: bool) -> Callable[[], None] | str:
 
 
 def _running(line: Line, now: bool) -> None:
+    steps = cluster.call("squeue", "-h", "-s", "-j", line.state.job, "-o", "%i").split()
     line.folder.note("requeued", by=user())
-    if now:
+    # A job whose ranks are not there yet has nothing to save, and nobody to hear a warning.
+    if now or not any(step.rpartition(".")[2].isdigit() for step in steps):
         cluster.call("scontrol", "requeue", line.state.job)
     else:
         # As the warning before the walltime: the ranks save, however long it takes; the verdict requeues.

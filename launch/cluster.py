@@ -81,14 +81,14 @@ def environment(shell: Mapping[str, str] = os.environ) -> dict[str, str]:
     }
 
 
-def call(*command: str, timeout: float = 60) -> str:
+def call(*command: str, timeout: float = 60, env: Mapping[str, str] = os.environ) -> str:
     """Run one SLURM command and return what it prints; raises SlurmError with its own words.
 
     Times are printed in seconds since 1970, whatever format the site or the shell prefers.
     """
     env = {
         key: value
-        for key, value in os.environ.items()
+        for key, value in env.items()
         if not key.startswith(("SBATCH_", "SQUEUE_", "SCONTROL_", "SACCT_", "SINFO_"))
     }
     env["SLURM_TIME_FORMAT"] = "%s"

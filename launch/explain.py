@@ -16,6 +16,7 @@ from typing import Any
 
 from launch import cluster
 from launch.address import name
+from launch.deadline import save_seconds
 from launch.exits import OK
 from launch.findings import failures_of
 from launch.ledger import brief
@@ -149,7 +150,8 @@ def _events(seen: Sight) -> list[tuple[float, str]]:
         which = f"attempt {number.get(attempt, 0)}"
         if event == "submitting":
             asked = at
-            told.append((at, "submitted" if len(told) == 0 else "submitted again"))
+            words = "a new job took it over" if record.get("after") else "submitted again"
+            told.append((at, words if told else "submitted"))
         elif event == "launched":
             begun = at
         elif event == "start":
@@ -228,7 +230,9 @@ def _preempted(seen: Sight, record: Mapping[str, Any], reason: str, begun: float
             return "came near its walltime and left after a save"
         return "was warned by SLURM and left after a save"
     if reason.startswith("requeued by SLURM"):
-        return "was taken off its nodes by SLURM before it could save"
+        saves = save_seconds(seen.journal)
+        takes = f" (a save of it takes {brief(max(saves))})" if saves else ""
+        return f"was taken off its nodes by SLURM before it could save{takes}"
     if row and row.state == "PREEMPTED":
         return "was preempted by a job of higher priority"
     return "was preempted"

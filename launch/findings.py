@@ -12,6 +12,8 @@ from launch.causes import CAUSES, OUT_OF_MEMORY, TOGETHER
 from launch.pulse import beats
 from launch.record import RunFolder, newest_lines, read_json
 
+SRUN_SAW = re.compile(r"^srun: error: ([\w.-]+): task (\d+): (.+)$", re.MULTILINE)
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -32,19 +34,20 @@ def of_attempt(folder: RunFolder, attempt: str, exit_code: int, log: Path | None
     if asked and asked[-1]["event"] == "cancelled" and not (ended and ended["outcome"] == "finished"):
         by = asked[-1].get("by")
         return Finding("cancelled", f"on request of {by}" if by else "on request")
-    if ended:
+    failures = failures_of(folder, attempt)
+    own = [failure for failure in failures if failure.get("kind") != "lost peer"]
+    if ended and not (own and float(own[0].get("time", 1e12)) < float(ended["time"])):
         return Finding(str(ended["outcome"]), str(ended.get("reason", "")))
     if watched := read_json(folder.logs(attempt) / "hang.json"):
         nodes = tuple(map(str, watched.get("nodes", ())))
         rank = int((watched.get("ranks") or [0])[0])
         return Finding(str(watched.get("kind", "hang")), str(watched.get("message", "")), nodes, rank)
-    failures = failures_of(folder, attempt)
-    if own := [failure for failure in failures if failure.get("kind") != "lost peer"]:
+    if own:
         # Every rank fails once one has; of those that know of a reason of their own, the first tells it.
         return _told(own[0])
     started: dict[str, Any] = next((record for record in reversed(events) if record["event"] == "start"), {})
-    lost = _lost(folder, attempt, failures, int(started.get("world", 0)))
     said = spoken(log, attempt) if log else ""
+    lost = _first_lost(said) or _lost(folder, attempt, failures, int(started.get("world", 0)))
     if OUT_OF_MEMORY.search(said):
         return Finding(
             "out of memory", f"{lost.reason}; SLURM says its node's memory was used up", lost.nodes
@@ -70,6 +73,16 @@ def _told(failure: Mapping[str, Any]) -> Finding:
     blames = CAUSES[kind].blames if kind in CAUSES else 0
     node = str(failure.get("node", ""))
     return Finding(kind, message, (node,) if node and blames else (), int(failure.get("rank", 0)))
+
+
+def _first_lost(said: str) -> Finding | None:
+    """The rank that srun saw end first, by a signal; it then ends the others, which may be stuck without it."""
+    match = SRUN_SAW.search(said)
+    if not match or match[3].startswith("Exited"):
+        return None
+    node, rank, how = match.groups()
+    words = f"rank {rank} on {node} was lost: {how.strip().lower()}"
+    return Finding("infrastructure", words, (node,), int(rank))
 
 
 def _lost(folder: RunFolder, attempt: str, failures: Iterable[Mapping[str, Any]], world: int) -> Finding:

@@ -62,6 +62,11 @@ class Pulse:
             self._slowest = max(at - self._began, 0.99 * self._slowest)
         self._now = (phase, step, self._now[2] + 1)
 
+    @property
+    def slowest(self) -> float:
+        """Seconds of this rank's slowest step lately; 0 before the first."""
+        return self._slowest
+
     def _run(self) -> None:
         while True:
             time.sleep(self.every)

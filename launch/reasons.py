@@ -148,7 +148,7 @@ ENDS = {
     "NODE_FAIL": "its node failed",
     "BOOT_FAIL": "its node did not boot",
     "DEADLINE": "it could not have ended before its deadline",
-    "PREEMPTED": "it was preempted, and the site cancels such jobs instead of requeueing them",
+    "PREEMPTED": "it was preempted before it could speak, and the site cancels such jobs instead of requeueing them",
     "FAILED": "its batch script failed before the ranks started",
     "COMPLETED": "its batch script ended well, and the ranks left nothing",
     "REVOKED": "its cluster in the federation gave it away",

@@ -59,7 +59,7 @@ class ClusterSpec:
     cpus_per_gpu: int = 8
     mem_gb_per_gpu: float = 0.0  # 0: the partition's default
     walltime: Duration = DAY
-    grace: Duration = TEN_MINUTES  # warning before the walltime: one step and one save
+    grace: Duration = TEN_MINUTES  # warning before the walltime; a run whose saves take longer leaves earlier
     hang_after: Duration = FIVE_MINUTES  # a step silent so long, and 10 x the slowest, is a hang; 0s: never
     load_within: Duration = HALF_HOUR  # as long may loading, a save or an evaluation be silent; 0s: for ever
     array_parallelism: int = 0  # elements of an array that run at a time; 0: all
@@ -75,6 +75,12 @@ class ClusterSpec:
             yield "walltime", f"{self.walltime} is under a minute, SLURM's least", ""
         if self.grace * 2 > self.walltime:
             yield "grace", f"grace ({self.grace}) is more than half of walltime ({self.walltime})", ""
+        if 0 < self.hang_after < 60 and self.executor == "slurm":
+            yield (
+                "hang_after",
+                f"{self.hang_after} is under a minute: SLURM takes as long to end the ranks that outlive a lost one",
+                "say 5m, or 0s for no watch",
+            )
         if self.cpus_per_gpu < 1:
             yield "cpus_per_gpu", f"{self.cpus_per_gpu}: a rank needs at least one CPU", ""
         if self.mem_gb_per_gpu < 0:

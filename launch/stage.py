@@ -15,11 +15,13 @@ from data.conversation import tokenizer_faults
 from data.images import ImageFormat
 from data.loader import Loader, texts
 from launch import handoff, sampler, tracking
+from launch.deadline import Deadline
 from launch.evaluate import evaluate
 from launch.job import Place
 from launch.meter import Meter
 from launch.orders import Orders
 from launch.plan import plain
+from launch.pulse import Pulse
 from launch.reader import Layers
 from launch.record import RunFolder, read_json, write_json
 from launch.rendezvous import meet
@@ -52,8 +54,8 @@ class Journal(tracking.NoTracker):
     node is back, what they would still write belongs to the other attempt.
     """
 
-    def __init__(self, folder: RunFolder, attempt: str) -> None:
-        self.folder, self.attempt = folder, attempt
+    def __init__(self, folder: RunFolder, attempt: str, saved: Callable[[float], None]) -> None:
+        self.folder, self.attempt, self.saved = folder, attempt, saved
         write_json(folder.lease_file, {"attempt": attempt})
 
     def guard(self) -> None:
@@ -68,12 +70,12 @@ class Journal(tracking.NoTracker):
 
     def publish(self, checkpoint: Checkpoint) -> None:
         """Note that a step is safe."""
-        self.folder.note("saved", attempt=self.attempt, step=checkpoint.step)
+        seconds = round(checkpoint.seconds, 3)
+        self.folder.note("saved", attempt=self.attempt, step=checkpoint.step, seconds=seconds)
+        self.saved(seconds)
 
 
-def run_stage(
-    folder: RunFolder, place: Place, warned: Callable[[], bool], pulse: Callable[[str, int], None]
-) -> str:
+def run_stage(folder: RunFolder, place: Place, warned: Callable[[], bool], pulse: Pulse) -> str:
     """Train the run's stage from where it is; returns how it ended: finished or preempted."""
     spec = Layers.read(folder.spec_file).build(ExperimentSpec)
     if folder.handoff_file.exists():
@@ -135,13 +137,14 @@ def run_stage(
             trains=counts,
             samples=loader.samples,
         )
-    journal = Journal(folder, place.attempt) if groups.rank == 0 else None
+    deadline = Deadline(folder, warned, lambda: pulse.slowest) if groups.rank == 0 else None
+    journal = Journal(folder, place.attempt, deadline.saved) if deadline else None
     tracker = _tracker(folder, record, spec, groups, number, start_step, parent, journal)
     if journal:
         tracker = Meter(Work.of(model, vision.patches), groups.world, tracker)
     sampled = place.local_rank == 0 and spec.wandb.system == "node" and spec.wandb.mode != "disabled"
     sampling = sampler.start(folder.path, place.node) if sampled else None
-    orders = Orders(warned, pulse, tracker, spec.train.save_every)
+    orders = Orders(deadline or warned, pulse, tracker, spec.train.save_every)
     trainer = Trainer(
         engine,
         loader,
@@ -181,7 +184,7 @@ def run_stage(
     ended = outcome.value
     if groups.rank == 0:
         # Before W&B is waited for: the time after a warning is short, and what is saved is saved.
-        folder.note("ended", attempt=place.attempt, outcome=ended, reason=getattr(warned, "warned", ""))
+        folder.note("ended", attempt=place.attempt, outcome=ended, reason=deadline.warned if deadline else "")
     tracker.finish(ended)
     if sampling:
         sampling.communicate()

@@ -117,6 +117,10 @@ def _judge(facts: Facts, queue: Mapping[str, Job] | None, batches: Batches) -> t
         return "stopped", f"SLURM refused it: {batch.get('reason')}", ""
     if job:
         words = f" (SLURM says {found.state})" if found else ""
+        if found and found.state == "PREEMPTED":
+            words = (
+                ": SLURM preempted it before it could speak, and does not requeue it; runs.py resubmit does"
+            )
         return "stopped", f"it left the queue without a verdict{words}", ""
     return "stopped", "it was never started", ""
 

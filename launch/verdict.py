@@ -14,7 +14,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from launch import avoid, cluster
+from launch import avoid, cluster, successor
 from launch.causes import CAUSES
 from launch.findings import Finding, comes_back, delay, first_line, fruitless, held, of_attempt
 from launch.record import RunFolder, read_json
@@ -95,9 +95,12 @@ def requeue(element: str) -> str:
             said = str(error)
             if "pending execution" in said:
                 return ""
+            if "presently disabled" in said:
+                break  # for this job, or on this site: it will be no other in a second
     return said
 
 
+<<<<<<< HEAD
 def stay(element: str, restarts: int, seconds: float = 600) -> None:
     """Keep the batch script until the requeue is surely written down.
 
@@ -114,6 +117,18 @@ def stay(element: str, restarts: int, seconds: float = 600) -> None:
         if facts.get("JobState") != "RUNNING" or int(facts.get("Restarts", 0)) > restarts:
             return
         requeue(element)
+=======
+def succeed(batch: Path, folder: RunFolder, attempt: str, element: str, *options: str) -> str:
+    """Submit a successor of the element, and have what waits for it wait for that; why not, where SLURM refuses."""
+    try:
+        job = successor.submit(batch, folder, attempt, int(element.partition("_")[2]), *options)
+    except cluster.SlurmError as error:
+        return str(error)
+    for refused in successor.move(element, job):
+        folder.note("refused", attempt=attempt, what="a new dependency", reason=refused)
+    print(f"{folder.path.name}: job {job} goes on with it", flush=True)
+    return ""
+>>>>>>> b2ed873 (Recover on a real SLURM: measured time to leave, a successor where requeueing is forbidden, no lost requeue)
 
 
 def change(element: str, *settings: str) -> str:
@@ -168,7 +183,11 @@ def main(arguments: list[str]) -> int:
         stay(element, restarts)
         return 1
     if again:
-        speak(folder, attempt, Finding("held", f"requeue refused: {said}"), again=False)
+        options = [f"--begin=now+{wait}"] * bool(wait)
+        options += [text.replace("ExcNodeList", "--exclude") for text in nodes.settings(excluded)]
+        if refused := succeed(batch, folder, attempt, element, *options):
+            words = f"requeue refused: {said}; a new job refused: {refused}"
+            speak(folder, attempt, Finding("held", words), again=False)
     return 1  # holds back what depends on the run
 
 

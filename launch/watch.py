@@ -25,7 +25,8 @@ from launch.status import children
 
 FACTOR = 10  # times the slowest step of late
 DUMP = signal.SIGQUIT  # on which ranks write their stacks (launch.job); no library we use takes it
-DUMP_SECONDS = 5.0  # for that
+DUMP_SECONDS = 3.0  # for that
+STARTED = 600.0  # seconds in which srun must have started its ranks: they write before they load anything
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class Watch:
                     known[rank] = (value, self.clock)
         missing = [rank for rank in range(self.world) if rank not in seen]
         if missing:
-            if self.limits.load and self.clock > self.limits.load:
+            if self.limits.load and self.clock > min(self.limits.load, STARTED):
                 which = "no rank" if len(missing) == self.world else f"{_ranks(missing)} not"
                 return Silence("infrastructure", f"{which} started within {self.clock:.0f} s of srun")
             return None
@@ -108,7 +109,8 @@ class Watch:
         quiet = self.clock - min(self.moved[rank][1] for rank in late)
         step, phase = seen[late[0]].step, seen[late[0]].phase
         doing = {"data": "waiting for its data", "step": "computing", "agree": "after its computing"}
-        what = f"silent for {quiet:.0f} s in step {step} ({doing.get(phase, phase)})"
+        last = "last heard of " if frozen else ""  # some seconds before it stood still, perhaps
+        what = f"silent for {quiet:.0f} s, {last}in step {step} ({doing.get(phase, phase)})"
         if len(late) == len(seen) > 1:
             return Silence("hang", f"all {len(seen)} ranks are {what}; none stands out")
         nodes = tuple(dict.fromkeys(seen[rank].node for rank in late))
@@ -173,7 +175,7 @@ def _end(element: str, script: int) -> None:
         steps = tuple(step for step in found if step.rpartition(".")[2].isdigit())
     if steps:  # the job itself, signalled with KILL, would be cancelled
         _signal(element, signal.SIGKILL, steps)
-    for wait, number in ((10.0, signal.SIGTERM), (5.0, signal.SIGKILL)):
+    for wait, number in ((10.0 if steps else 0.0, signal.SIGTERM), (5.0, signal.SIGKILL)):
         end = time.monotonic() + wait
         while time.monotonic() < end and _sruns(script):
             time.sleep(0.2)

@@ -10,10 +10,12 @@ computes with is their rounding.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import logging
 import os
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -49,6 +51,7 @@ class Checkpoints:
         self.folder, self.groups, self.keep = Path(folder), groups, max(1, keep)
         self.faults: list[str] = []
         self._save: Save | None = None
+        self._began = 0.0
         self._staging: torch.Tensor | None = None
         self._removal: threading.Thread | None = None
         self._frozen: list[Written] = []  # frozen files of this engine's last two saves
@@ -91,6 +94,7 @@ class Checkpoints:
         save, self._save = self._save, None
         if save is None:
             return None
+        began = self._began
         files, error = save.wait()
         reports = self._gather((files, error))
         outcome: tuple[Checkpoint | None, str] = (None, "")
@@ -109,12 +113,13 @@ class Checkpoints:
             raise CheckpointError(words)
         if save.frozen is not None:
             self._frozen = [*self._frozen, (checkpoint.path / save.frozen[0], *save.frozen[1:])][-2:]
-        return checkpoint
+        return dataclasses.replace(checkpoint, seconds=time.monotonic() - began)
 
     def _begin(
         self, step: int, engine: Engine, extra: dict[str, Any], guard: Guard | None, *, background: bool
     ) -> None:
         self.settle()
+        self._began = time.monotonic()
         self._removed()
         if engine is not self._engine:
             self._engine, self._frozen = engine, []

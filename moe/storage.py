@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +39,11 @@ class Damaged(CheckpointError):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A complete checkpoint: its folder, and how many steps had been taken."""
+    """A complete checkpoint: its folder, how many steps had been taken, and how long this process took to save it."""
 
     path: Path
     step: int
+    seconds: float = field(default=0.0, compare=False)  # 0: it was found
 
 
 def folder_name(step: int) -> str:

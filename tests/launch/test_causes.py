@@ -10,10 +10,13 @@ import pytest
 
 from launch import avoid
 from launch.causes import CAUSES, TOGETHER, kind
+from launch.cluster import Job
 from launch.findings import Finding, comes_back, delay, held, of_attempt
 from launch.pulse import Pulse
 from launch.reasons import VERDICTS
 from launch.record import RunFolder, append_line, read_lines, write_json
+from launch.status import judge
+from launch.survey import Facts
 from launch.verdict import judged, progress, speak
 from moe.storage import CheckpointError
 
@@ -92,6 +95,19 @@ def test_a_rank_that_is_gone_is_named_by_those_that_lost_it(folder: RunFolder) -
     )
 
 
+def test_where_all_were_killed_srun_knows_who_was_first(folder: RunFolder, tmp_path: Path) -> None:
+    log, end = tmp_path / "log", "srun: error: n1: task 0: Killed\nsrun: Force Terminated StepId=1.0\n"
+    log.write_text(f"attempt a\nsrun: error: n2: task 2: Segmentation fault\nsrun: Terminating\n{end}")
+    assert of_attempt(folder, "a", 139, log) == Finding(
+        "infrastructure",
+        "rank 2 on n2 was lost: segmentation fault (srun ended with 139) and left no word",
+        ("n2",),
+        2,
+    )
+    log.write_text(f"attempt a\nsrun: error: n2: task 2: Exited with exit code 1\n{end}")
+    assert of_attempt(folder, "a", 1, log).nodes == ()
+
+
 def test_one_rank_that_knows_why_outweighs_those_that_lost_it_before(folder: RunFolder) -> None:
     fails(folder, 0, "lost peer", "Connection closed by peer", 10.0)
     fails(folder, 1, "error", "ValueError: shapes differ", 11.0)
@@ -126,6 +142,23 @@ def test_what_the_watch_found_is_the_verdict_whatever_the_killed_ranks_say(folde
     )
     fails(folder, 0, "lost peer", "Connection closed by peer", 10.0)
     assert of_attempt(folder, "a", 137) == Finding("hang", "rank 3 was silent", ("n3",), 3)
+
+
+def test_ranks_that_leave_well_because_one_failed_do_not_hide_it(folder: RunFolder) -> None:
+    fails(folder, 1, "error", "ValueError: shapes differ", time.time() - 1)
+    folder.note("ended", attempt="a", outcome="preempted", reason="SIGTERM")
+    assert of_attempt(folder, "a", 1).verdict == "error"
+    fails(folder, 1, "error", "BrokenPipeError: W&B", time.time() + 1)  # it was over then
+    assert of_attempt(folder, "a", 1) == Finding("preempted", "SIGTERM")
+
+
+def test_a_job_preempted_before_it_could_speak_is_told_as_that() -> None:
+    facts, batches = Facts(batch="b", element=3), {"b": {"state": "submitted", "job": "7"}}
+    state = judge(facts, {"7_3": Job("7_3", "PREEMPTED", "None", "", "")}, batches)
+    assert state.name == "stopped"
+    assert (
+        "SLURM preempted it before it could speak, and does not requeue it; runs.py resubmit" in state.reason
+    )
 
 
 ENDS, AGAIN = {"JobState": "COMPLETING"}, {"JobState": "COMPLETING", "Restarts": "1"}

@@ -36,7 +36,7 @@ def test_the_rank_that_others_wait_for_is_named() -> None:
     assert silence is not None
     assert (silence.kind, silence.ranks, silence.nodes) == ("hang", (2,), ("n1",))
     assert "rank 2 on n1 was silent for 6" in silence.message
-    assert "in step 8 (waiting for its data); the other 3 wait for it (limit 60 s)" in silence.message
+    assert ", in step 8 (waiting for its data); the other 3 wait for it (limit 60 s)" in silence.message
 
 
 def test_of_ranks_at_one_place_the_one_that_stands_still_is_named() -> None:

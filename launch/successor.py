@@ -1,0 +1,92 @@
+"""A new job for a run whose old one may not be requeued: one alone, and what waited for the old waits for it.
+
+Sites that switch requeueing off refuse it also for a job that asked for it. The dying job then submits the script it
+was started by once more, for its own element alone, and moves the jobs that depend on it while SLURM still counts it as
+not ended: afterwards they would be cancelled.
+"""
+
+from __future__ import annotations
+
+import os
+import pwd
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from launch import cluster
+from launch.record import RunFolder, read_json, write_json
+
+
+def submit(batch: Path, folder: RunFolder, attempt: str, index: int, *options: str) -> str:
+    """Submit the element's successor and return its id; raises SlurmError. Asked again, it finds the first."""
+    token = f"{batch.name}.after-{attempt}"
+    place = batch.parent / token
+    file = place / "batch.json"
+    if facts := read_json(file):
+        job = str(facts.get("job", "")) or _found(token)
+    else:
+        plan = read_json(batch / "plan.json") or {}
+        write_json(place / "plan.json", plan)
+        write_json(file, {"state": "intent", "token": token})
+        folder.note(
+            "submitting", batch=str(place), index=index, code=Path(plan.get("code", "")).name, after=attempt
+        )
+        job = ""
+    if not job:
+        command = ["sbatch", "--parsable", f"--array={index}", f"--comment={token}", *options]
+        try:
+            said = cluster.call(*command, str(batch / "script.sbatch"), timeout=60, env=cluster.environment())
+            job = said.strip().partition(";")[0]
+        except cluster.SlurmError as error:
+            if not (job := _found(token)):
+                write_json(file, {"state": "refused", "token": token, "reason": str(error)})
+                raise
+    write_json(file, {"state": "submitted", "token": token, "job": job})
+    return f"{job}_{index}"
+
+
+def _found(token: str) -> str:
+    """The array of this token, if SLURM has one."""
+    try:
+        jobs = cluster.jobs().values()
+    except cluster.SlurmError:
+        return ""
+    return next((job.id.partition("_")[0] for job in jobs if job.comment == token), "")
+
+
+def moved(dependency: str, waiting: str, old: str, new: str) -> str:
+    """The element `waiting`'s dependency, as squeue shows it, with `new` in the place of `old`; empty if not in it."""
+    array, _, index = old.partition("_")
+    terms, found = re.split(r"([,?])", dependency), False
+    for i in range(0, len(terms), 2):
+        kind, _, rest = re.sub(r"\(\w+\)", "", terms[i]).partition(":")
+        ids = rest.split(":")
+        if kind == "aftercorr" and waiting.partition("_")[2] == index and f"{array}_*" in ids:
+            kind, ids, found = "afterok", [new if id == f"{array}_*" else id for id in ids], True
+        elif old in ids:
+            ids, found = [new if id == old else id for id in ids], True
+        terms[i] = ":".join([kind, *ids]) if rest else kind
+    return "".join(terms).replace("_*", "") if found else ""
+
+
+def dependents(old: str, new: str) -> Iterable[tuple[str, str]]:
+    """The jobs of this user that wait for `old`, each with what it should wait for instead; raises SlurmError."""
+    user = pwd.getpwuid(os.getuid()).pw_name
+    for line in cluster.call("squeue", "-h", "-r", "-t", "PENDING", "-u", user, "-o", "%i|%E").splitlines():
+        waiting, _, dependency = line.partition("|")
+        if wanted := moved(dependency, waiting, old, new):
+            yield waiting, wanted
+
+
+def move(old: str, new: str) -> list[str]:
+    """Have what waits for `old` wait for `new`; what SLURM would not do, in words."""
+    refused = []
+    try:
+        for waiting, wanted in list(dependents(old, new)):
+            try:
+                cluster.call("scontrol", "update", f"JobId={waiting}", f"Dependency={wanted}", timeout=20)
+            except cluster.SlurmError as error:
+                refused.append(f"{waiting}: {error}")
+    except cluster.SlurmError as error:
+        refused.append(str(error))
+    return refused
