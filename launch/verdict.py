@@ -100,7 +100,6 @@ def requeue(element: str) -> str:
     return said
 
 
-<<<<<<< HEAD
 def stay(element: str, restarts: int, seconds: float = 600) -> None:
     """Keep the batch script until the requeue is surely written down.
 
@@ -117,7 +116,8 @@ def stay(element: str, restarts: int, seconds: float = 600) -> None:
         if facts.get("JobState") != "RUNNING" or int(facts.get("Restarts", 0)) > restarts:
             return
         requeue(element)
-=======
+
+
 def succeed(batch: Path, folder: RunFolder, attempt: str, element: str, *options: str) -> str:
     """Submit a successor of the element, and have what waits for it wait for that; why not, where SLURM refuses."""
     try:
@@ -128,7 +128,6 @@ def succeed(batch: Path, folder: RunFolder, attempt: str, element: str, *options
         folder.note("refused", attempt=attempt, what="a new dependency", reason=refused)
     print(f"{folder.path.name}: job {job} goes on with it", flush=True)
     return ""
->>>>>>> b2ed873 (Recover on a real SLURM: measured time to leave, a successor where requeueing is forbidden, no lost requeue)
 
 
 def change(element: str, *settings: str) -> str:
