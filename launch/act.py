@@ -21,6 +21,7 @@ from launch.record import RunFolder
 from launch.show import Line, Look, look
 from launch.status import children
 
+REQUEUED = "requeued; SLURM lets it start after about two minutes"
 ENDABLE = ("running", "queued", "waiting", "held", "blocked")
 
 
@@ -82,16 +83,17 @@ def requeue(chosen: Sequence[RunFolder], options: argparse.Namespace) -> int:
         return FAILED if any(line.state.name not in ("queued", "waiting") for line, _ in refused) else OK
     if not (yes := agreed([line for line, _ in todo], "requeued", options)):
         return USAGE if yes is None else OK
+    told = []
     for line, act in todo:
         try:
-            act()
+            told.append(f"{line.short}: {act()}")
         except cluster.SlurmError as error:
             return _slurm(f"{line.short}: {error}")
     done = [line for line, _ in todo]
-    return _said(options, done, "\n".join(f"{line.short}: {_told(line, options.now)}" for line in done))
+    return _said(options, done, "\n".join(told))
 
 
-def _way(line: Line, seen: Look, now: bool) -> Callable[[], None] | str:
+def _way(line: Line, seen: Look, now: bool) -> Callable[[], str] | str:
     """How to requeue a run, or why not."""
     state, job = line.state, f"{line.batch}_{line.facts.element}"
     if state.name == "done":
@@ -109,31 +111,28 @@ def _way(line: Line, seen: Look, now: bool) -> Callable[[], None] | str:
     return f"SLURM no longer has job {job}; `runs.py resubmit {line.short}` submits it anew"
 
 
-def _running(line: Line, now: bool) -> None:
+def _running(line: Line, now: bool) -> str:
+    """Have it end and come back; in words."""
     steps = cluster.call("squeue", "-h", "-s", "-j", line.state.job, "-o", "%i").split()
     line.folder.note("requeued", by=user())
     # A job whose ranks are not there yet has nothing to save, and nobody to hear a warning.
     if now or not any(step.rpartition(".")[2].isdigit() for step in steps):
         cluster.call("scontrol", "requeue", line.state.job)
-    else:
-        # As the warning before the walltime: the ranks save, however long it takes; the verdict requeues.
-        cluster.call("scancel", "--signal=USR2", line.state.job)
+        return REQUEUED
+    # As the warning before the walltime: the ranks save, however long it takes; the verdict requeues.
+    cluster.call("scancel", "--signal=USR2", line.state.job)
+    return "told to save; it goes back into the queue when it has"
 
 
-def _noted(line: Line, *command: str) -> None:
+def _noted(line: Line, *command: str) -> str:
     cluster.call(*command)
     line.folder.note("requeued", by=user())
     line.folder.note("released")  # its budgets start anew
-    if line.state.name != "held":  # what it ended with, "cancelled" above all, is over
-        line.folder.note("submitting", batch=line.facts.batch, index=line.facts.element)
-
-
-def _told(line: Line, now: bool) -> str:
     if line.state.name == "held":
         return "released; it waits in the queue"
-    if line.state.name == "running" and not now:
-        return "told to save; it goes back into the queue when it has"
-    return "requeued; SLURM lets it start after about two minutes"
+    # What it ended with, "cancelled" above all, is over.
+    line.folder.note("submitting", batch=line.facts.batch, index=line.facts.element)
+    return REQUEUED
 
 
 def throttle(chosen: Sequence[RunFolder], options: argparse.Namespace) -> int:
