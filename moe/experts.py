@@ -9,13 +9,14 @@ Shapes: e experts of this rank, N rows of tokens sorted by expert, D width, H in
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moe.one_by_one import OneByOne
 from moe.spec import LoraSpec
 
 WEIGHTS = ("gate", "up", "down")  # as nn.Linear stores them: [e, out, in]
@@ -102,111 +103,6 @@ class Experts(nn.Module):
             delattr(self, f"{name}_lora_a")
             delattr(self, f"{name}_lora_b")
         self.lora = None
-
-
-class OneByOne(torch.autograd.Function):
-    """On a CPU: one expert after the other, some rows at a time: what is in the making stays in the cache.
-
-    Keeps what went into the activation and computes the rest again: half of what autograd would keep.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        rows: Tensor,
-        up: Tensor,
-        gate: Tensor | None,
-        down: Tensor,
-        up_bias: Tensor | None,
-        down_bias: Tensor | None,
-        load_e: list[int],
-        activation: Callable[[Tensor], Tensor],
-    ) -> Tensor:
-        inner = rows.new_empty(len(rows), up.shape[1])
-        gated = torch.empty_like(inner) if gate is not None else None
-        out = rows.new_empty(len(rows), down.shape[1])
-        for e, part in _parts(load_e, up.shape[1]):
-            x = rows[part]
-            _linear(x, up, up_bias, e, inner[part])
-            if gate is None or gated is None:
-                hidden = activation(inner[part])
-            else:
-                hidden = activation(_linear(x, gate, None, e, gated[part])) * inner[part]
-            _linear(hidden, down, down_bias, e, out[part])
-        ctx.load_e, ctx.activation = load_e, activation
-        ctx.save_for_backward(rows, up, gate, down, up_bias, down_bias, inner, gated)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        rows, *weights, inner, gated = ctx.saved_tensors
-        up, gate, down, _, _ = weights
-        grad_rows = torch.empty_like(rows) if ctx.needs_input_grad[0] else None
-        found = [
-            torch.empty_like(w) if w is not None and wanted else None
-            for w, wanted in zip(weights, ctx.needs_input_grad[1:6], strict=True)
-        ]
-        grad_up, grad_gate, grad_down, grad_up_bias, grad_down_bias = found
-        for e, load in enumerate(ctx.load_e):
-            for grad in found if not load else ():
-                if grad is not None:
-                    grad[e].zero_()
-        last = -1
-        for e, part in _parts(ctx.load_e, up.shape[1]):
-            x, dy = rows[part], grads[0][part]
-            beside = gated[part] if gated is not None else None
-            hidden, *steps = _activated(ctx.activation, inner[part], beside, dy @ down[e])
-            for grad, step, seen in (
-                (grad_down, dy, hidden),
-                (grad_up, steps[0], x),
-                (grad_gate, steps[-1], x),
-            ):
-                if grad is not None and e != last:
-                    torch.mm(step.t(), seen, out=grad[e])
-                elif grad is not None:
-                    grad[e].addmm_(step.t(), seen)
-            for bias, step in ((grad_up_bias, steps[0]), (grad_down_bias, dy)):
-                if bias is not None:
-                    bias[e] = step.sum(0) if e != last else bias[e] + step.sum(0)
-            last = e
-            if grad_rows is not None:
-                torch.mm(steps[0], up[e], out=grad_rows[part])
-                if gate is not None:
-                    grad_rows[part].addmm_(steps[1], gate[e])
-        return (grad_rows, *found, None, None)
-
-
-def _activated(
-    activation: Callable[[Tensor], Tensor], inner: Tensor, gated: Tensor | None, grad: Tensor
-) -> tuple[Tensor, ...]:
-    """(what the activation gave, the gradients of `inner` and `gated`)."""
-    if gated is not None and (activation is F.silu):
-        # The exponential is what costs here: once, not once more for the slope.
-        sigmoid = gated.sigmoid()
-        silu = gated * sigmoid
-        slope = torch.addcmul(sigmoid, silu, 1 - sigmoid)
-        return silu * inner, grad * silu, slope.mul_(grad).mul_(inner)
-    before = [t.detach().requires_grad_() for t in (inner, gated) if t is not None]
-    with torch.enable_grad():
-        hidden = activation(before[-1])
-        if gated is not None:
-            hidden = hidden * before[0]
-    return hidden.detach(), *torch.autograd.grad(hidden, before, grad)
-
-
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, e: int, out: Tensor) -> Tensor:
-    if bias is None:
-        return torch.mm(x, weight[e].t(), out=out)
-    return torch.addmm(bias[e], x, weight[e].t(), out=out)
-
-
-def _parts(load_e: list[int], inner: int) -> Iterator[tuple[int, slice]]:
-    """(expert, some of its rows): two megabytes of what is in the making."""
-    rows, start = max(128, 2**19 // inner), 0
-    for e, load in enumerate(load_e):
-        for place in range(start, start + load, rows):
-            yield e, slice(place, min(place + rows, start + load))
-        start += load
 
 
 def mark(parameter: Tensor, total: int, offset: int) -> None:
