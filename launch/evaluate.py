@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ def evaluate(
     image: images.ImageFormat,
     groups: Groups,
     tracker: Any,
+    pulse: Callable[[str, int], None],
 ) -> dict[str, Any]:
     """Ask every rank's share of the questions and write eval.json; all ranks call it, each gets the result."""
     questions = held_out(spec.data)
@@ -53,6 +55,7 @@ def evaluate(
             else torch.empty(0, 3, image.size, image.size)
             for q in part
         ]
+        pulse("evaluate", start)  # each batch of questions may take its time
         if start == 0:
             routing(folder, model, prompts, pixels, groups, tracker)
         said += answer(model, tokenizer, prompts, pixels, max_new_tokens=longest + 2, groups=groups)

@@ -87,6 +87,7 @@ def run_stage(folder: RunFolder, place: Place, warned: Callable[[], bool], pulse
     meet(place, folder.logs(place.attempt), device=spec.cluster.device)
     stage = STAGES[spec.stage]
     groups = Groups.create(spec.moe.expert_parallel if stage.sparse else 1)
+    pulse("load", 0)  # each part of it may take cluster.load_within
     record = folder.run
     parent = handoff.start(record, stage.after)
     tokenizer = _tokenizer(spec, folder, parent, groups)
@@ -95,6 +96,7 @@ def run_stage(folder: RunFolder, place: Place, warned: Callable[[], bool], pulse
     resumed = checkpoints.newest()
     if resumed is None and folder.last("saved"):
         raise StageError(_unreadable(folder))
+    pulse("load", 0)
     model = _model(spec, len(tokenizer), None if resumed else parent, groups)
     counts = vlm.train_only(model, stage.parts(lora=spec.train.lora.rank > 0))
     vision = backbones.vision(spec.model)
@@ -113,6 +115,7 @@ def run_stage(folder: RunFolder, place: Place, warned: Callable[[], bool], pulse
     steps = spec.train.steps or max(1, int(loader.samples * spec.train.epochs) // spec.train.global_batch)
     train = replace(spec.train, micro_batch=spec.micro_batch)
     engine = Engine(model, train, groups, total_steps=steps, moe=spec.moe if stage.sparse else None)
+    pulse("load", 0)
     start_step = 0
     if resumed:
         found = checkpoints.resume(engine)  # that one, or an older one where its bytes are not as written
@@ -172,7 +175,7 @@ def run_stage(folder: RunFolder, place: Place, warned: Callable[[], bool], pulse
         if groups.rank == 0:
             folder.note("evaluating", attempt=place.attempt)
         if spec.data.held_out:
-            evaluate(folder, model, tokenizer, spec, image, groups, tracker)
+            evaluate(folder, model, tokenizer, spec, image, groups, tracker, pulse)
         pulse("end", engine.step)
         _hand_over(folder, checkpoints, parent, tracker, journal)
     if groups.rank == 0:

@@ -17,6 +17,7 @@ from pathlib import Path
 from launch import avoid, cluster, successor
 from launch.causes import CAUSES
 from launch.findings import Finding, comes_back, delay, first_line, fruitless, held, of_attempt
+from launch.pulse import beats
 from launch.record import RunFolder, read_json
 
 
@@ -141,6 +142,24 @@ def change(element: str, *settings: str) -> str:
         except cluster.SlurmError as error:
             said = str(error)
     return said
+
+
+def late(root: Path, folder: RunFolder, element: str, restarts: int) -> None:
+    """Speak for the attempt before this one, where SLURM took its batch host away, and the verdict with it."""
+    attempt = f"{element}-{restarts - 1}"
+    if not restarts or any(r["event"] == "verdict" and r.get("attempt") == attempt for r in folder.journal):
+        return
+    had = sorted({beat.node for beat in beats(folder.logs(attempt)).values()})
+    lost = avoid.down(",".join(had)) if had else ()
+    rows = cluster.past([element]).get(element, [])[-2:-1]
+    if lost:
+        found = Finding("infrastructure", f"SLURM lost {', '.join(lost)}", lost)
+    elif rows and rows[0].state == "NODE_FAIL":
+        found = Finding("infrastructure", f"SLURM lost one of its nodes ({rows[0].nodes})")
+    else:
+        found = Finding("preempted", "requeued by SLURM before a save")
+    avoid.Nodes.of(root, folder, {}).blame(found, attempt)
+    speak(folder, attempt, found, again=True, late=True)
 
 
 def main(arguments: list[str]) -> int:

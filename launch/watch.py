@@ -134,11 +134,15 @@ def note(folder: RunFolder, attempt: str, silence: Silence) -> None:
 
 def main(arguments: list[str]) -> int:
     """Watch this job's attempt until it hangs, or until the batch script ends this process."""
+    from launch.verdict import late
+
     batch = Path(arguments[0])
     plan = read_json(batch / "plan.json") or {}
     folder = RunFolder(Path(plan["runs"][os.environ["SLURM_ARRAY_TASK_ID"]]))
     element = cluster.element_id()
-    attempt = f"{element}-{os.environ.get('SLURM_RESTART_COUNT', '0')}"
+    restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    attempt = f"{element}-{restarts}"
+    late(batch.parent.parent, folder, element, restarts)
     watch = Watch(Limits.of(read_json(folder.spec_file) or {}), int(os.environ.get("SLURM_NTASKS", "1")))
     script = os.getppid()
     at = time.monotonic()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from moe.checkpoint import Checkpoint, CheckpointError, Checkpoints
-from moe.engine import Engine
+from moe.engine import DivergedError, Engine
 from moe.parallel import Groups
 from moe.spec import MoESpec
 from moe.stages import STAGES
@@ -167,6 +167,30 @@ def test_a_guard_ends_the_run_before_anything_is_published(tmp_path):
     assert [step for step, _ in recorder.rows] == [1, 2]
     assert recorder.published == []
     assert found(tmp_path) == []
+
+
+@alone
+def test_a_run_that_diverges_keeps_what_was_saved_before_and_saves_nothing_of_it(tmp_path):
+    groups = Groups.single()
+    spec = standin.spec(save_every=2, diverged_after=4)
+    engine = Engine(standin.Model(groups), spec, groups, total_steps=20)
+    recorder = Recorder()
+
+    def spoil(phase, step):
+        if (phase, step) == ("data", 5):
+            engine.vlm.tower.bias.data.fill_(math.nan)
+
+    trainer = Trainer(
+        engine, standin.Loader(groups), Checkpoints(tmp_path, groups), recorder, lambda: False, spec, groups,
+        start_step=0, total_steps=20, heartbeat=spoil,
+    )  # fmt: skip
+    with pytest.raises(
+        DivergedError, match=r"each of the last 4 steps .*newest checkpoint, step 4, is from before"
+    ):
+        trainer.fit()
+    assert [step for step, _ in recorder.rows] == [1, 2, 3, 4, 5, 6, 7]
+    assert recorder.published == [2, 4]
+    assert DivergedError.verdict == "divergence"
 
 
 # --- with the real model ---

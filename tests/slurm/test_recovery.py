@@ -149,6 +149,23 @@ def test_a_requeue_before_the_ranks_start_is_not_lost_and_an_srun_that_hangs_is_
     assert slurm.job(run.id).restarts == 3
 
 
+def test_the_loss_of_a_batch_host_is_told_by_the_next_attempt_and_held_against_it(
+    slurm: PrivateSlurm, tmp_path: Path
+) -> None:
+    run = Submitted(slurm, tmp_path, "run", "finish")
+    slurm.wait(lambda: run.of("start"), 30)
+    host = run.of("start")[0]["node"]
+    slurm.kill_node(host)
+    slurm.run(["scontrol", "update", f"nodename={host}", "state=down", "reason=test"])
+    slurm.wait_state(run.id, "COMPLETED", timeout=60, nudge=True)
+    verdicts = [(r["attempt"], r["verdict"], r["reason"]) for r in run.of("verdict")]
+    assert verdicts == [
+        (f"{run.id}-0", "infrastructure", f"SLURM lost {host}"),
+        (f"{run.id}-1", "finished", ""),
+    ]
+    assert [record["node"] for record in read_lines(run.root / "runs" / "nodes.jsonl")] == [host]
+
+
 def test_where_requeueing_is_forbidden_a_new_job_goes_on_and_dependents_follow_it(
     private_slurm: Callable[..., PrivateSlurm], tmp_path: Path
 ) -> None:
