@@ -55,7 +55,8 @@ class OneByOne(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        rows, *weights = ctx.saved_tensors[:6]
+        rows, *others = ctx.saved_tensors  # once: a recomputed pass gives them once
+        weights, pieces = others[:5], others[5:]
         up, gate, down, _, _ = weights
         grad_rows = torch.empty_like(rows) if ctx.needs_input_grad[0] else None
         found = [
@@ -71,7 +72,7 @@ class OneByOne(torch.autograd.Function):
         # Made once: memory that comes and goes costs the kernel more than what is done in it.
         making = rows.new_empty(3, _rows(up.shape[1]), up.shape[1])
         parts = _parts(ctx.load_e, up.shape[1])
-        for (e, part), kept in zip(parts, ctx.saved_tensors[6:], strict=True):
+        for (e, part), kept in zip(parts, pieces, strict=True):
             x, dy = rows[part], grads[0][part]
             grad_hidden = torch.mm(dy, down[e], out=making[0, : len(dy)])
             hidden, *steps = _activated(ctx.activation, kept, grad_hidden, making[1:, : len(dy)])
