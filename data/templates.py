@@ -69,6 +69,8 @@ def render(
         raise ConversationError("the conversation is empty")
     turns = [_turn(turn, number, has_image) for number, turn in enumerate(conversations, 1)]
     if template.style == "plain":
+        if not has_image:
+            raise ConversationError("template plain is for captions, and the record has no picture")
         return _plain(turns, ask)
     if template.style == "chat":
         return _chat(turns, tokenizer, ask)

@@ -86,11 +86,12 @@ def test_a_prompt_drops_the_answer_to_come() -> None:
         (talk("<video> and <video>", "b"), "v1", "turn 1 has more than one <video>"),
         (talk("<image>"), "plain", "one question and one caption, here are 1 turns"),
         (talk("no picture", "a dog"), "plain", "template plain needs <image> in the first turn"),
+        (talk("<image>", "a dog"), "plain", "template plain is for captions, and the record has no picture"),
     ],
 )
 def test_each_refusal_says_why(conversations: list[dict[str, str]], template: str, words: str) -> None:
     with pytest.raises(ConversationError, match=words):
-        encode(conversations, tokenizer("llama_legacy"), template)
+        encode(conversations, tokenizer("llama_legacy"), template, has_image="no picture" not in words)
 
 
 def test_adjacent_images_over_the_limit_are_dropped_as_in_the_reference() -> None:
