@@ -71,7 +71,7 @@ class Contender:
         ]
         before = len(steps) - len(late)
         return {
-            "steps lost": before - STEPS if ends else before,
+            "steps lost": before - max((step for _, step in steps), default=0),
             "steps trained again after the end": len(late),
             "stranded seconds": round(self.stranded, 1),
             "manual actions": self.manual,
@@ -160,7 +160,7 @@ def tend(slurm: PrivateSlurm, one: Contender, seconds: float) -> None:
             one.stranded += seconds
     if len(rows) != one.rows or job.state == "PENDING":
         one.rows, one.moved = len(rows), now
-    if one.left and rows and max(rows) >= min(one.left) and strike(slurm, one, one.left[min(one.left)]):
+    if one.left and rows and rows[-1] >= min(one.left) and strike(slurm, one, one.left[min(one.left)]):
         del one.left[min(one.left)]
     gone = job.over and not done
     if (gone and now - one.moved > 5) or now - one.moved > STILL:
@@ -175,7 +175,7 @@ def main() -> None:
     options.add_argument("--out", type=Path)
     options.add_argument("--seconds", type=float, default=420)
     chosen = options.parse_args()
-    with tempfile.TemporaryDirectory() as temporary, PrivateSlurm(kill_wait=30, nodes=5) as slurm:
+    with tempfile.TemporaryDirectory() as temporary, PrivateSlurm(kill_wait=5, nodes=5) as slurm:
         os.environ.update(slurm.env())
         ways: dict[str, tuple[str, Callable[[Path], str]]] = {
             "submitit checkpoint()": ("USR2", by_submitit),

@@ -21,7 +21,7 @@ from types import FrameType
 from launch.preemption import Preemption
 from launch.record import RunFolder, read_json, write_json
 
-STEPS, STEP, EVERY, RANKS = 240, 0.1, 20, 2
+STEPS, STEP, EVERY, RANKS = 240, 0.2, 20, 2
 
 
 class Toy:

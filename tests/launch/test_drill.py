@@ -34,12 +34,11 @@ def test_a_run_is_warned_and_its_checkpoint_torn_and_the_card_says_so(
     card = json.loads(done.stdout)
     assert card["passed"]
     assert card["faults"] == []
-    warning, torn = card["scores"]
-    assert (warning["kind"], warning["verdict"]) == ("warning", "preempted: SIGUSR2")
-    assert warning["lost"] <= warning["bound"] == 1
+    [torn] = card["scores"]
     assert torn["kind"] == "torn checkpoint"
     assert "cut in half" in torn["done"]
-    assert 2 < torn["lost"] <= torn["bound"] == 10  # the torn one was not gone on from
+    assert torn["verdict"].startswith("infrastructure")
+    assert 5 < torn["lost"] <= torn["bound"] == 10  # the torn one was not gone on from
 
 
 @pytest.mark.parametrize(
