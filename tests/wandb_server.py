@@ -9,6 +9,7 @@ Left out: logins, registries, multipart uploads, rewinding, several writers of o
 from __future__ import annotations
 
 import base64
+import contextlib
 import gzip
 import hashlib
 import json
@@ -677,7 +678,8 @@ def _handler(server: WandbServer) -> type[BaseHTTPRequestHandler]:
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             if self.command != "HEAD":
-                self.wfile.write(body)
+                with contextlib.suppress(ConnectionError):  # the client may have been killed meanwhile
+                    self.wfile.write(body)
 
         def _serve(self) -> None:
             path = unquote(urlsplit(self.path).path)
