@@ -15,6 +15,7 @@ from tests.chaos.world import World
 from tests.slurm.daemons import SlurmError
 
 LOST_NODES = 4  # of one run: at the sixth SLURM holds the job for an administrator (MAX_BATCH_REQUEUE)
+SPENT = "no run may lose one more node"
 PATIENCE = 45.0  # seconds that a run may look broken: SLURM says NODE_FAIL for a while before it requeues
 
 
@@ -94,11 +95,13 @@ def drive(
                     nodes = {one.name for one in kinds if one.node}
                     had = Counter(one.run for one in story.events if one.kind in nodes)
                     happened = _happen(world, chaos, kind, event, had)
+                    if event.words == SPENT:
+                        kind = next(one for one in kinds if one.name == "rank SIGKILL")
+                        event = Event(len(story.events), kind.name, kind.warning, due)
+                        happened = _happen(world, chaos, kind, event, had)
                 except SlurmError as error:
                     happened, event.words = False, str(error).splitlines()[0]
-                if not happened and kind.node and min(had[name] for name in world.folders) >= LOST_NODES:
-                    pending.pop(0)  # none may lose one more
-                elif happened:
+                if happened:
                     pending.pop(0)
                     story.events.append(event)
                     say(
@@ -124,8 +127,9 @@ def _happen(world: World, chaos: Chaos, kind: Kind, event: Event, had: Mapping[s
         for name, state in world.states(queue).items()
         if queue and state.name == "running" and queue[state.job].state == "RUNNING"
     ]
-    if kind.node:
+    if kind.node and running:
         running = [(name, job) for name, job in running if had.get(name, 0) < LOST_NODES]
+        event.words = "" if running else SPENT
     if not running:
         return False
     event.run, element = chaos.dice.choice(running)
