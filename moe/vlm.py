@@ -4,6 +4,11 @@ Sequences leave the splice right-padded, so a causal language model never lets a
 no attention mask is passed (SDPA and flash-attn then take their fast causal kernels), except under the
 reference's routing rules, where padding is routed and its hidden states therefore matter.
 
+That is also what we take for the reason of the reference's warning that flash-attn degraded its models (README of
+MoE-LLaVA, its issue 25 and transformers' 28488 name no cause): given a padding mask, flash-attn leaves padded rows out
+and returns zeros for them, where eager attention and SDPA compute something. Those rows went on to the routers, which
+counted them, and gave them experts' capacity that real tokens then lost. Here padding is routed nowhere.
+
 Shapes: B sequences, S positions, N images, P patches an image, D width.
 """
 
