@@ -15,6 +15,7 @@ from pathlib import Path
 from launch import cluster
 from launch.causes import CAUSES
 from launch.findings import Finding
+from launch.ledger import brief
 from launch.record import RunFolder, append_line, read_json, read_lines
 
 LEDGER = "nodes.jsonl"
@@ -56,6 +57,17 @@ def chosen(found: Mapping[str, Strike], now: float, total: int, needed: int) -> 
         key=lambda s: (-s.faults, -s.until, s.node),
     )
     return tuple(strike.node for strike in bad[:most])
+
+
+def words(root: Path) -> list[str]:
+    """The nodes avoided now, a line each."""
+    now = time.time()
+    return [
+        f"avoiding {one.node} for another {brief(one.until - now)}: {one.why}"
+        + f", {one.faults} faults in a day" * (one.faults > 1)
+        for one in sorted(strikes(root, now).values(), key=lambda one: one.node)
+        if one.until > now
+    ]
 
 
 def down(nodes: str) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from launch import cluster, ledger
+from launch import avoid, cluster, ledger
 from launch.address import name
 from launch.exits import FAILED, NO_SLURM, OK
 from launch.record import RunFolder
@@ -99,6 +99,8 @@ def status(chosen: Sequence[RunFolder], options: argparse.Namespace) -> int:
             if options.watch and sys.stdout.isatty():
                 print("\x1b[H\x1b[2J", end="")
             print(render(lines, costs) if lines else f"no runs in {options.runs}", flush=True)
+            for text in avoid.words(options.runs):
+                print(text)
         if why:
             print(f"warning: SLURM: {why}", file=sys.stderr)
         if not options.watch or all(line.state.name not in OPEN for line in lines):

@@ -249,6 +249,9 @@ def test_a_fault_is_held_against_a_node_for_two_hours_and_a_second_for_a_day(tmp
     strike(tmp_path, "n6", 60, "hang")
     found = avoid.strikes(tmp_path, now := time.time())
     assert {node for node, one in found.items() if one.until > now} == {"n1", "n3", "n6"}
+    assert (
+        avoid.words(tmp_path)[1] == "avoiding n3 for another 12h00m: infrastructure in x, 2 faults in a day"
+    )
     assert found["n3"].until == pytest.approx(now + 12 * 3600, abs=5)
 
 

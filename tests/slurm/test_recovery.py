@@ -102,6 +102,7 @@ def test_a_hang_and_two_lost_ranks_are_named_waited_out_and_their_node_avoided(
     assert slurm.job(run.id).fields["ExcNodeList"] == bad
     assert [record["node"] for record in read_lines(run.root / "runs" / "nodes.jsonl")][-1] == bad
     assert f"avoiding {bad} for now" in run.runs("explain", "x")
+    assert f"avoiding {bad} for another " in run.runs("status")
 
     slurm.wait(lambda: len(run.of("verdict")) >= 3, 60, nudge=True)
     third = run.verdicts(3)[2]
