@@ -15,11 +15,11 @@ from pathlib import Path
 
 from launch import preset, settings
 from launch.cluster import SlurmError
-from launch.deadline import MARGIN, save_seconds
 from launch.exits import NO_SLURM, OK
 from launch.ledger import brief
 from launch.logs import complain
-from launch.record import find_runs, write_text
+from launch.margins import saves
+from launch.record import write_text
 from launch.settings import Partition, Site
 from launch.snapshot import REPOSITORY
 from launch.spec import Duration
@@ -49,7 +49,8 @@ def main(options: argparse.Namespace) -> int:
         partition = preset.choose(site, options.partition)
     except preset.NoPartition as error:
         return complain(str(error))
-    found = [*facts(site, partition), *_saves(site, partition, getattr(options, "runs", None))]
+    measured = (Fact(*row) for row in saves(site, partition, getattr(options, "runs", None)))
+    found = [*facts(site, partition), *measured]
     if options.json:
         print(json.dumps({"partition": partition.name, "facts": [asdict(fact) for fact in found]}, indent=1))
     else:
@@ -232,31 +233,6 @@ def _requeue(site: Site) -> Iterator[Fact]:
         f"{site.number('SlurmdTimeout', 300)} s",
         "note" if site.number("SlurmdTimeout", 300) > 600 else "ok",
         f"a node that dies is noticed after about {brief(site.number('SlurmdTimeout', 300))}, and its runs requeued",
-    )
-
-
-def _saves(site: Site, partition: Partition, root: Path | None) -> Iterator[Fact]:
-    """Whether what the runs here measured of their saves fits into what a preemption leaves them."""
-    took = (
-        [(max(save_seconds(folder.journal), default=0.0), folder) for folder in find_runs(root)]
-        if root
-        else []
-    )
-    slowest, folder = max(took, key=lambda pair: pair[0], default=(0.0, None))
-    if not folder or not slowest:
-        return
-    left, what = (
-        (partition.grace, "GraceTime") if partition.grace else (site.number("KillWait", 30), "KillWait")
-    )
-    name = str(folder.run.get("name", folder.path.name)).removesuffix("/run")
-    yield Fact(
-        "slowest save",
-        f"{slowest:.0f} s ({name})",
-        "ok" if slowest * MARGIN < left else "warn",
-        f"it fits into the {left} s of {what} that a preempted run has; before a walltime runs leave early enough"
-        if slowest * MARGIN < left
-        else f"a preempted run has {left} s ({what}): it may not be saved in time, and then computes up to "
-        "train.save_every steps again; lower that, or set train.save_async. Before a walltime it leaves early enough",
     )
 
 

@@ -77,17 +77,15 @@ class StageJob:
         folder = RunFolder(Path(plan["runs"][str(self.index)]))
         self._redirect(folder.log_of(place.attempt, place.rank))
         faulthandler.enable()  # a crash in C writes its stack
-        faulthandler.register(
-            DUMP, all_threads=True
-        )  # as does the watch's question, whatever holds Python up
-        limits = Limits.of(read_json(folder.spec_file) or {})
-        pulse = Pulse(folder.logs(place.attempt), place.rank, place.node, min(5.0, limits.every))
+        faulthandler.register(DUMP, all_threads=True)  # so does the watch, by asking
         if place.rank == 0:
             # SLURM says when the job began from 23.02 on; before, what lies between is counted as queue.
             job_started = float(os.environ.get("SLURM_JOB_START_TIME") or 0.0)
             folder.note("launched", attempt=place.attempt, node=place.node, job_started=job_started)
         try:
             self._check_code(Path(plan["code"]))
+            limits = Limits.of(read_json(folder.spec_file) or {})
+            pulse = Pulse(folder.logs(place.attempt), place.rank, place.node, min(5.0, limits.every))
             from launch.stage import run_stage
 
             outcome = run_stage(folder, place, warned, pulse)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from launch import doctor
 from launch.deadline import MARGIN, SLACK, Deadline, needed, save_seconds
+from launch.margins import saves
 from launch.record import RunFolder, write_json
 from launch.settings import Partition, Site
 from launch.successor import moved
@@ -123,7 +122,7 @@ def test_doctor_says_whether_a_save_fits_into_what_a_preemption_leaves(
     folder.note("saved", step=1, seconds=41.0)
     site = Site({"KillWait": "30 sec"}, ())
     partition = Partition("main", True, True, grace, "REQUEUE", 0, 0, ())
-    found = list(doctor._saves(site, partition, argparse.Namespace(runs=tmp_path / "runs").runs))
-    assert [(fact.value, fact.level) for fact in found] == [("41 s (x)", level)]
-    assert ("30 s (KillWait)" in found[0].means) is (level == "warn")
-    assert not list(doctor._saves(site, partition, tmp_path / "none"))
+    found = list(saves(site, partition, tmp_path / "runs"))
+    assert [row[:3] for row in found] == [("slowest save", "41 s (x)", level)]
+    assert ("30 s (KillWait)" in found[0][3]) is (level == "warn")
+    assert not list(saves(site, partition, tmp_path / "none"))
