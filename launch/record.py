@@ -124,7 +124,7 @@ def newest_records(path: Path | str, skip: bytes = b"") -> Iterator[dict[str, An
         if not line or (skip and skip in line):
             continue
         try:
-            record = json.loads(line)
+            record = json.loads(line.decode())
         except ValueError:
             continue
         if isinstance(record, dict):
