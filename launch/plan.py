@@ -37,6 +37,7 @@ FREE = (
     "model.attention",
     "moe.expert_parallel",
     "moe.dispatcher",
+    "moe.overlap",
     "train.micro_batch",
     "train.zero",
     "train.offload",

@@ -152,6 +152,17 @@ def exchange(rows: Tensor, send: list[int], receive: list[int], group: Any) -> T
     return cast(Tensor, Exchange.apply(rows, send, receive, group))  # type: ignore[no-untyped-call]
 
 
+def by_expert(received: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor, list[int]]:
+    """From (rank, expert) order to (expert, rank) order, back, and each expert's rows."""
+    ranks, local = len(received), len(received[0])
+    rows = torch.arange(sum(map(sum, received)), device=device)
+    by_rank = torch.split(rows, [n for rank in received for n in rank])
+    order_N = torch.cat([by_rank[r * local + e] for e in range(local) for r in range(ranks)])
+    back_N = torch.empty_like(order_N)
+    back_N[order_N] = rows
+    return order_N, back_N, [sum(rank[e] for rank in received) for e in range(local)]
+
+
 class TorchDispatcher:
     """Sends exactly the kept choices, sorted by expert; needs nothing but PyTorch."""
 
@@ -185,16 +196,8 @@ class TorchDispatcher:
         both = torch.stack([send_RE, receive_RE]).tolist()
         send, receive = ([sum(experts) for experts in side] for side in both)
         rows = exchange(rows, send, receive, group)
-        # From (rank, expert) order to (expert, rank) order.
-        by_rank = torch.split(
-            torch.arange(len(rows), device=rows.device), [n for rank in both[1] for n in rank]
-        )
-        local = len(both[1][0])
-        order_N = torch.cat([by_rank[r * local + e] for e in range(local) for r in range(ranks)])
-        back_N = torch.empty_like(order_N)
-        back_N[order_N] = torch.arange(len(order_N), device=rows.device)
+        order_N, back_N, loads = by_expert(both[1], rows.device)
         rows = gather(rows, order_N[:, None], back_N[:, None], False)
-        loads = [sum(rank[e] for rank in both[1]) for e in range(local)]
         return Sent(rows, loads, (*ticket, (send, receive, order_N, back_N)))
 
     def combine(self, y: Tensor, sent: Sent) -> Tensor:

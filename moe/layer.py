@@ -18,11 +18,16 @@ from torch import Tensor, nn
 
 from moe.dispatch import Dispatcher, gather
 from moe.experts import Experts
+from moe.overlap import overlapped
+from moe.parallel import Groups
 from moe.router import Router, Traffic
 
 
 class MoELayer(nn.Module):
-    """`residual`, `coefficient`: PR-MoE's dense FFN beside the experts, and their mixing."""
+    """`residual`, `coefficient`: PR-MoE's dense FFN beside the experts, and their mixing.
+
+    `pieces` above 1: tokens travel between the ranks of `groups` in as many, each while another is computed.
+    """
 
     def __init__(
         self,
@@ -34,6 +39,7 @@ class MoELayer(nn.Module):
         coefficient: nn.Linear | None = None,
     ) -> None:
         super().__init__()
+        self.groups, self.pieces = Groups.single(), 1
         self.index, self.dispatcher = index, dispatcher
         self.router, self.experts = router, experts
         self.residual, self.coefficient = residual, coefficient
@@ -58,8 +64,11 @@ class MoELayer(nn.Module):
             if not traffic.keep_choices:
                 report.expert_TK = None
             traffic.reports[self.index] = report
-        sent = self.dispatcher.dispatch(x_TD, routing)
-        y_TD = self.dispatcher.combine(self.experts(sent.rows, sent.load_e), sent)
+        if self.pieces > 1:
+            y_TD = overlapped(x_TD, routing, self.experts, self.groups, self.pieces)
+        else:
+            sent = self.dispatcher.dispatch(x_TD, routing)
+            y_TD = self.dispatcher.combine(self.experts(sent.rows, sent.load_e), sent)
         if self.residual is None or self.coefficient is None:
             return y_TD
         share_T2 = self.coefficient(x_TD).softmax(-1)

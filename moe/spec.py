@@ -67,6 +67,7 @@ class MoESpec:
     rules: Literal["default", "moe_llava"] = "default"
     expert_parallel: int = 1  # ranks that share one set of experts
     dispatcher: Literal["auto", "tutel", "torch"] = "auto"
+    overlap: int = 1  # pieces in which tokens travel, each while the experts compute another; 1: all at once
 
     @property
     def experts_per_layer(self) -> tuple[int, ...]:
@@ -86,6 +87,14 @@ class MoESpec:
             yield "top_k", f"{self.top_k}: a token needs at least one expert", ""
         if self.top_k > (fewest := min(self.experts_per_layer)):
             yield "top_k", f"top_k ({self.top_k}) is more than experts ({fewest})", f"at most {fewest}"
+        if self.overlap < 1:
+            yield "overlap", f"{self.overlap}: tokens travel in at least one piece", "say 1 for no overlap"
+        if self.overlap > 1 and self.dispatcher == "tutel":
+            yield (
+                "overlap",
+                "Tutel overlaps inside its own layer alone, which is not used here; what is overlapped is PyTorch's",
+                "say dispatcher: torch, or overlap: 1",
+            )
         if self.expert_parallel < 1:
             yield "expert_parallel", f"{self.expert_parallel}: at least one rank holds the experts", ""
         elif any(n % self.expert_parallel for n in self.experts_per_layer):

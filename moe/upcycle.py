@@ -63,12 +63,14 @@ def upcycle(vlm: VLM, spec: MoESpec, groups: Groups, seed: int) -> None:
             raise UpcycleError(
                 f"moe.experts ({number}) must be a multiple of moe.expert_parallel ({groups.expert_parallel})"
             )
-    dispatcher = choose(spec.dispatcher, groups)
+    spread = spec.overlap > 1 and groups.expert_parallel > 1
+    dispatcher = choose("torch" if spread else spec.dispatcher, groups)
     for index, number in zip(chosen, numbers, strict=True):
         held = number // groups.expert_parallel
-        layers[index].mlp = _layer(
-            vlm, index, number, groups.expert_rank * held, held, spec, seed, dispatcher
-        )
+        sparse = _layer(vlm, index, number, groups.expert_rank * held, held, spec, seed, dispatcher)
+        if spread:
+            sparse.groups, sparse.pieces = groups, spec.overlap
+        layers[index].mlp = sparse
     for layer in layers:
         announce(layer)
     vlm.moe, vlm.groups = spec, groups
