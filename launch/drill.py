@@ -186,9 +186,10 @@ def planned(options: argparse.Namespace, kinds: list[Kind], name: str) -> tuple[
         f"train.steps={steps}",
         f"train.save_every={options.save_every}",
         "train.keep=3",
-        f"cluster.hang_after={HANG}s",
         f"runs={options.runs / name}",
     ]
+    if make(options.spec, settings).stages[-1].spec.cluster.executor == "local":
+        settings.append(f"cluster.hang_after={HANG}s")  # SLURM takes longer to end a step by itself
     command = [sys.executable, str(REPOSITORY / "launch" / "submit.py"), str(options.spec), *settings, "-y"]
     plan = make(options.spec, settings)
     runs_folder(plan.stages[-1].spec).mkdir(parents=True, exist_ok=True)

@@ -82,9 +82,15 @@ class Run:
         return f"{self.experiment}/{self.point or 'run'}"
 
     @cached_property
+    def settings(self) -> dict[str, Any]:
+        """The spec as JSON values."""
+        found: dict[str, Any] = plain(self.spec)
+        return found
+
+    @cached_property
     def identity(self) -> str:
         """64 hex digits over everything that decides the run's weights, its parent's included."""
-        facts = [identity_of(plain(self.spec)), self.parent.identity if self.parent else ""]
+        facts = [identity_of(self.settings), self.parent.identity if self.parent else ""]
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     @property
@@ -279,7 +285,7 @@ def clashes(plan: Plan) -> Iterator[Fault]:
             if not found or found.get("identity") == run.identity:
                 continue
             before = identity_of(read_json(run.folder.spec_file) or {"stage": run.spec.stage})
-            now = identity_of(plain(run.spec))
+            now = identity_of(run.settings)
             changes = [
                 f"{key} was {json.dumps(before.get(key))}, is {json.dumps(now.get(key))}"
                 for key in sorted(before.keys() | now.keys())

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launch import arrays, cluster, script
-from launch.plan import Plan, Run, StagePlan, plain, runs_folder
+from launch.plan import Plan, Run, StagePlan, runs_folder
 from launch.record import append_line, flush_all, read_json, write_json, write_text
 from launch.status import OPEN, State, batch_of, state_of
 
@@ -91,7 +91,7 @@ def prepare(batch: Batch, code: Path) -> None:
     """Write all that the job will read, then the intent."""
     for run in batch.runs:
         run.folder.path.mkdir(parents=True, exist_ok=True)
-        write_json(run.folder.spec_file, plain(run.spec), flush=False)
+        write_json(run.folder.spec_file, run.settings, flush=False)
         write_json(run.folder.run_file, run.record(code.name), flush=False)
     (batch.folder / "slurm").mkdir(parents=True, exist_ok=True)
     write_json(
