@@ -45,8 +45,8 @@ class NoTracker:
         """What people have asked of the run since it began, by a tag on its W&B page: see online.ORDERS."""
         return frozenset()
 
-    def finish(self, outcome: str) -> None:
-        """End the attempt: finished, preempted or failed."""
+    def finish(self, outcome: str, within: float | None = None) -> None:
+        """End the attempt: finished, preempted or failed; in as many seconds, where there are no more."""
 
 
 class JsonlTracker(NoTracker):
@@ -84,7 +84,7 @@ class JsonlTracker(NoTracker):
         self._write()
         self._make_durable()
 
-    def finish(self, outcome: str) -> None:
+    def finish(self, outcome: str, within: float | None = None) -> None:
         if self._file < 0:
             return
         self._write()

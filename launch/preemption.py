@@ -9,7 +9,12 @@ launch.verdict, which can ask SLURM.
 from __future__ import annotations
 
 import signal
+import time
 from types import FrameType
+
+KILL_WAIT = 30.0  # slurm.conf(5)
+VERDICT = 10.0  # left for launch.verdict
+LONGEST, SHORTEST = 20.0, 1.0  # what is not told now, the next attempt tells: a node is not held up for it
 
 
 class Preemption:
@@ -19,13 +24,26 @@ class Preemption:
 
     def __init__(self) -> None:
         self.warned = ""
+        self.at = 0.0  # when the first warning came, on the monotonic clock
         for warning in self.WARNINGS:
             signal.signal(warning, self._note)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        # Handlers run between any two bytecodes and may be re-entered: keep this one assignment.
+        # Handlers run between any two bytecodes and may be re-entered: nothing here but assignments.
+        self.at = self.at or time.monotonic()
         self.warned = signal.Signals(number).name
 
     def __call__(self) -> bool:
         """Whether a warning came; the trainer's `should_stop`."""
         return bool(self.warned)
+
+    def left(self, grace: float) -> float | None:
+        """Seconds that may still be spent after the save; None without a warning.
+
+        SLURM kills `grace` after the warning before a walltime, and KillWait (30 s, unless the site chose another)
+        after TERM; the verdict after srun needs some of that, too.
+        """
+        if not self.warned:
+            return None
+        allowed = grace if self.warned == "SIGUSR2" else min(grace, KILL_WAIT)
+        return min(LONGEST, max(SHORTEST, self.at + allowed - VERDICT - time.monotonic()))

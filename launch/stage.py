@@ -21,6 +21,7 @@ from launch.job import Place
 from launch.meter import Meter
 from launch.orders import Orders
 from launch.plan import plain
+from launch.preemption import Preemption
 from launch.pulse import Pulse
 from launch.reader import Layers
 from launch.record import RunFolder, read_json, write_json
@@ -188,7 +189,7 @@ def run_stage(folder: RunFolder, place: Place, warned: Callable[[], bool], pulse
     if groups.rank == 0:
         # Before W&B is waited for: the time after a warning is short, and what is saved is saved.
         folder.note("ended", attempt=place.attempt, outcome=ended, reason=deadline.warned if deadline else "")
-    tracker.finish(ended)
+    tracker.finish(ended, warned.left(int(spec.cluster.grace)) if isinstance(warned, Preemption) else None)
     if sampling:
         sampling.communicate()
     return ended

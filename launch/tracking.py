@@ -68,9 +68,9 @@ class Trackers(NoTracker):
     def asked(self) -> frozenset[str]:
         return frozenset().union(*(member.asked() for member in self.members))
 
-    def finish(self, outcome: str) -> None:
+    def finish(self, outcome: str, within: float | None = None) -> None:
         for member in self.members:
-            member.finish(outcome)
+            member.finish(outcome, within)
 
 
 def trackers(
@@ -186,7 +186,7 @@ class WandbTracker(NoTracker):
     def summary(self, values: Mapping[str, object]) -> None:
         self._want("summary", "", values=redact(dict(values)))
 
-    def finish(self, outcome: str) -> None:
+    def finish(self, outcome: str, within: float | None = None) -> None:
         """Give W&B a bounded time to take what is left."""
         process, self._process = self._process, None
         self._next_look = float("inf")
@@ -197,7 +197,8 @@ class WandbTracker(NoTracker):
             process.stdin.write(f"{outcome}\n".encode())
             process.stdin.close()
         try:
-            if process.wait(PATIENCE_SECONDS.get(outcome, LONGEST_PATIENCE_SECONDS)):
+            patience = PATIENCE_SECONDS.get(outcome, LONGEST_PATIENCE_SECONDS)
+            if process.wait(patience if within is None else min(patience, within)):
                 self._say("its process failed; the next attempt or `runs.py sync` sends the rest")
         except subprocess.TimeoutExpired:
             process.kill()

@@ -370,18 +370,17 @@ def test_rows_that_the_server_refuses_are_sent_again(
     assert state(folder)["delivered"]
 
 
-def test_a_server_that_is_down_at_the_end_holds_up_only_for_a_while(
-    server: WandbServer, folder: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_server_that_is_down_at_the_end_holds_up_only_as_long_as_there_is_time(
+    server: WandbServer, folder: Path
 ) -> None:
-    hurried(monkeypatch, FINISH_SECONDS=2)
     tracker = start(folder)
     log(tracker, 1, 5)
     wait(lambda: is_online(folder))
     server.down = True
     log(tracker, 6, 10)
     began = time.monotonic()
-    tracker.finish("preempted")
-    assert time.monotonic() - began < tracking.PATIENCE_SECONDS["preempted"]
+    tracker.finish("preempted", within=3.0)  # what is left after the warning and the save
+    assert 3.0 <= time.monotonic() - began < 6.0
     server.down = False
     later = start(folder, attempt=2, start_step=10)
     log(later, 11, 15)
