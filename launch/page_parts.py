@@ -174,10 +174,13 @@ def routers(stories: Sequence[Story]) -> str:
             even = story.curves.evenness(layer)
             end = sum(value for _, value in even[-10:]) / len(even[-10:])
             lost = story.curves.mean(f"moe/layer{layer}/dropped")
-            dropped = "" if lost is None else f", {lost:.2%} of choices dropped"
+            dropped = "" if lost is None else f", {lost:.2%} dropped"
             least = min(0.8, *(value for _, value in even))
             series = Series("evenness", [(step, Point(value)) for step, value in even])
             line = curve("", [series], size=(340, 84), values=(least, 1.0))
+            drops = story.curves.of(f"moe/layer{layer}/dropped")
+            if any(point.high for _, point in drops):
+                line += curve("", [Series("dropped", drops, 1)], size=(340, 84), zero=True)
             panels.append(
                 f"<figure><figcaption>layer {layer} <small>evenness at the end {end:.3f}{dropped}</small></figcaption>"
                 f"{heat(story.curves, layer)}{line}</figure>"
@@ -192,7 +195,8 @@ def routers(stories: Sequence[Story]) -> str:
     swatches = "".join(f'<span><i class="q{n}"></i>{name}</span>' for n, name in enumerate(names))
     text = (
         "<p>Colour: an expert's share of a layer's choices over the even share, a row an expert. The curve below is "
-        "the evenness: the entropy of the shares over log E, 1 when all experts get the same.</p>"
+        "the evenness: the entropy of the shares over log E, 1 when all experts get the same. Where capacity drops "
+        "choices, their share stands under it.</p>"
     )
     return f'{text}<div class="key">{swatches}</div>{"".join(parts)}'
 

@@ -118,7 +118,10 @@ def test_the_page_says_what_happened(chain: Path) -> None:
     assert "33 to 73 4 n21 was lost to its nodes or the network: a node was lost: n21" in said
     assert "60 to 120 4 n22 finished" in said
     assert "attempt 3 goes on from step 60; the one before was lost to its nodes" in html
-    assert re.search(r"layer 6 evenness at the end 0\.99\d, \d\.\d\d% of choices dropped", said)
+    assert re.search(r"layer 6 evenness at the end 0\.99\d, \d\.\d\d% dropped", said)
+    assert (
+        'class="line c1 d0"' in html.partition("Router balance")[2].partition("Held-out")[0]
+    )  # drops, as a curve
     assert "llava<b> 3,000" in said
     assert "llava<b>" not in html
     assert "moe.top_k 1 2" in said
