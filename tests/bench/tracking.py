@@ -1,8 +1,8 @@
 """What tracking costs and survives: python -m tests.bench.tracking cost | kills [N] | outage [SECONDS]
 
-`cost`: the trainer's share of a step, with the mirror offline and online. `kills`: N attempts of one run, each ended
-by SIGKILL of everything, against the loopback server. `outage`: the server is away for the middle part of a run;
-step times during it against those before.
+`cost`: the trainer's share of a step, memory and FLOPs measured, with the mirror offline and online. `kills`: N
+attempts of one run, each ended by SIGKILL of everything, against the loopback server. `outage`: the server is away for
+the middle part of a run; step times during it against those before.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from launch.meter import Meter
+from moe.flops import Work
 from tests.launch.tracked import is_online, kill_mirror, start, state, steps
 from tests.wandb_server import WandbServer
 
@@ -23,6 +25,8 @@ ROW = {
     name: random.random()
     for name in ["loss", "ce", "aux", "lr", "grad_norm", "tokens", "samples", "padding", "step_seconds"]
 }
+ROW |= {"positions": 4096, "images": 8}
+ROW |= {f"moe/layer{layer}/dropped": 0.01 for layer in range(12)}
 ROW |= {f"moe/layer{layer}/counts": [random.randrange(10_000) for _ in range(8)] for layer in range(12)}
 
 
@@ -36,7 +40,7 @@ def work(seconds: float) -> None:
 def cost(folder: Path, count: int = 300) -> None:
     """Seconds in log() a step, and what the mirror takes from a step of pure Python."""
     for mode in ("disabled", "offline", "online"):
-        tracker = start(folder / mode, mode=mode)
+        tracker = Meter(Work(1.0, 1.0, 1.0, 1.0), 1, start(folder / mode, mode=mode))
         if mode == "online":
             while not is_online(folder / mode):
                 time.sleep(0.1)
