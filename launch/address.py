@@ -10,7 +10,7 @@ from pathlib import Path
 
 from launch.faults import did_you_mean
 from launch.record import RunFolder
-from launch.status import read_batch
+from launch.status import label, read_batch
 from launch.survey import survey
 
 HELP = (
@@ -20,8 +20,9 @@ HELP = (
 
 
 def name(folder: RunFolder, root: Path) -> str:
-    """A run's name: its folder below the folder of runs."""
-    return str(folder.path)[len(str(root)) + 1 :]
+    """A run's name: its folder below the folder of runs; of what lies elsewhere, what its record says."""
+    path, below = str(folder.path), f"{root}/"
+    return path[len(below) :] if path.startswith(below) and path[len(below)] != "." else label(path)
 
 
 def choose(

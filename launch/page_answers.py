@@ -123,7 +123,7 @@ def settings(stories: Sequence[Story]) -> str:
         if len(group) > 1:
             parts.append(_sweep(group))
         parent = by_path.get(Path(str(group[0].record.get("parent"))))
-        if parent:
+        if parent and parent.spec:  # a model of the hub has none
             found = list(differences(parent.spec, group[0].spec))
             words = (
                 f"{escape(group[0].name)} beside {escape(parent.name)} <small>{len(found)} settings</small>"

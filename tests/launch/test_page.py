@@ -166,6 +166,28 @@ def test_a_chain_that_no_longer_fits_is_marked(tmp_path: Path, tab: Browser) -> 
     assert seen.complaints == []
 
 
+def test_a_chain_that_starts_from_elsewhere_names_what_it_starts_from(tmp_path: Path) -> None:
+    root = experiments(tmp_path)
+    for above in (root / ".origins" / "model-1", tmp_path / "others" / "run"):
+        origin, child = RunFolder(above), RunFolder(root / "s2" / "run")
+        write_json(
+            origin.run_file, {"id": "m", "name": "hub:someone/model", "stage": "align", "parent": None}
+        )
+        write_json(
+            origin.handoff_file, {"step": 0, "digest": digest("model"), "path": "/models/m", "parent": None}
+        )
+        write_json(child.run_file, child.run | {"parent": str(above)})
+        write_json(
+            child.handoff_file, (json.loads(child.handoff_file.read_text())) | {"parent": digest("model")}
+        )
+        assert main(["--runs", str(root), "report", "s2"]) == 0
+        said = text(child.path / "report.html")
+        assert said.startswith("s2 2 runs, align → instruct")
+        assert "stage align hub:someone/model done" in said
+        assert f"✓ from {digest('model')[:12]}" in said
+        assert "Settings that differ" not in said
+
+
 def test_the_page_needs_no_torch_and_no_matplotlib(root: Path, tmp_path: Path) -> None:
     code = (
         "import sys; from launch.operate import main; main(sys.argv[1:]);"
