@@ -20,6 +20,7 @@ from launch.metrics import NoTracker
 from launch.operate import main
 from launch.orders import Orders
 from launch.plan import EXPERIMENTS, Run, make, plain
+from launch.pulse import Pulse
 from launch.record import RunFolder, write_json
 from launch.stage import run_stage
 from launch.status import state_of
@@ -43,7 +44,7 @@ def attempt(run: Run, number: int) -> str:
     place = Place(rank=0, local_rank=0, world=1, node="localhost", attempt=f"7_0-{number}")
     place_folder = run.folder.logs(place.attempt)
     place_folder.mkdir(parents=True, exist_ok=True)
-    return run_stage(run.folder, place, lambda: False, lambda doing, step: None)
+    return run_stage(run.folder, place, lambda: False, Pulse(place_folder, 0, place.node))
 
 
 def chain(folder: Path, data: Path, *changes: str, steps: Mapping[str, int] = STEPS) -> dict[str, Run]:
