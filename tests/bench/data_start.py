@@ -1,6 +1,6 @@
 """From a start to the first batch, and the memory it takes, by the number of records: the reference's way and ours.
 
-    python tests/bench/data_start.py [--sizes 1000 10000 100000] [--json FILE]
+    python tests/bench/data_start.py [--sizes 1000 10000 100000] [--kept FOLDER] [--json FILE]
 
 Each number is of a fresh process: processor seconds from opening the data to the first batch, without imports,
 and private dirty memory then and after 20,000 samples were read, as a worker does. 10^6 records take 6 GB of
@@ -17,7 +17,6 @@ import os
 import random
 import subprocess
 import sys
-import tempfile
 import time
 import warnings
 from pathlib import Path
@@ -130,6 +129,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="From start to first batch.")
     parser.add_argument("--sizes", type=int, nargs="+", default=[1000, 10_000, 100_000])
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument(
+        "--kept", type=Path, help="folder in which data and indexes are kept for the next time"
+    )
+    parser.add_argument("--reference-up-to", type=int, default=1_000_000, help="records that fit into memory")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--child", nargs=2, metavar=("NAME", "ROOT"))
     options = parser.parse_args()
@@ -143,11 +146,12 @@ def main() -> int:
     rows: dict[str, dict[int, dict[str, float]]] = {"reference": {}, "index": {}, "ours": {}}
     print(f"{'records':>10} {'path':10}{'CPU s':>10}{'open, MB':>12}{'after 20k reads, MB':>22}")
     for size in options.sizes:
-        with tempfile.TemporaryDirectory() as folder:
-            root = Path(folder)
-            data_corpus.pictures(root, tiny=True)
-            data_corpus.records(root / "mix.json", size)
+        with data_corpus.corpus(options.kept, size) as root:
             for name, found in rows.items():
+                if name == "reference" and size > options.reference_up_to:
+                    continue
+                if name == "index" and list(root.glob(".index/*/meta.json")):
+                    continue
                 repeats = (
                     1 if name == "index" or (name == "reference" and size > 200_000) else options.repeats
                 )
@@ -157,8 +161,8 @@ def main() -> int:
                     f"{size:>10} {name:10}{got['seconds']:10.4f}{got['open_mb']:12.1f}{got['read_mb']:22.1f}{rate}",
                     flush=True,
                 )
-    largest = max(options.sizes)
     mine, theirs = rows["ours"], rows["reference"]
+    largest = max(theirs)
     seconds = [mine[size]["seconds"] for size in options.sizes]
     facts: dict[str, Any] = {
         "seconds": max(seconds),
