@@ -8,10 +8,11 @@ harm.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +28,7 @@ ENDING = (b"verdict", b"cancelled")
 TELLING = frozenset({*ENDING, b"submitting", b"start"})
 LINE_OF_STEP = b'\n "step": '  # of a handoff, as write_json writes it
 STEP = re.compile(rb'\n "step": (\d+)')
+SMALL = 1 << 16  # bytes of a journal that is read whole
 WORTH_KEEPING = 200  # runs; fewer are read as fast as the file is
 
 
@@ -58,10 +60,8 @@ class Facts(NamedTuple):
         row = next(newest_records(f"{folder}/metrics.jsonl"), {})
         found: dict[str, dict[str, Any]] = {}
         starts, started = 0, False
-        for line in newest_lines(f"{folder}/attempts.jsonl"):
+        for line in _telling(f"{folder}/attempts.jsonl"):
             # Most lines are history: their event is read from the text, and they are not parsed.
-            if SAVED in line:
-                continue
             at = line.find(EVENT)
             if at >= 0:
                 name = line[at + len(EVENT) : line.find(b'"', at + len(EVENT))]
@@ -113,6 +113,17 @@ def handoff_step(folder: str) -> int | None:
     return int(handoff.get("step", 0)) if handoff else None
 
 
+def _telling(path: str) -> Iterable[bytes]:
+    """A journal's lines, newest first, but for those that say that a step was saved."""
+    try:
+        size = os.stat(path).st_size
+    except OSError:
+        return ()
+    if size <= SMALL:  # in one piece, without a call a line
+        return [line for line in reversed(_whole(path).split(b"\n")) if SAVED not in line]
+    return (line for line in newest_lines(path) if SAVED not in line)
+
+
 def _whole(path: str) -> bytes:
     """A small file's content; empty where there is none. Two calls fewer a file than `open` makes."""
     try:
@@ -141,8 +152,19 @@ def _mapping(text: bytes) -> dict[str, Any]:
 
 def survey(folders: Sequence[RunFolder], root: Path) -> list[Facts]:
     """The facts of each run, in the order given; those unchanged since the last look are not read again."""
-    top = str(root)
-    kept = _load(top) if len(folders) >= WORTH_KEEPING else {}
+    if len(folders) < WORTH_KEEPING:
+        return [Facts.read(str(folder.path)) for folder in folders]
+    collecting = gc.isenabled()
+    gc.disable()  # a million small values and no rings among them: looking for some costs a tenth of the time
+    try:
+        return _survey(folders, str(root))
+    finally:
+        if collecting:
+            gc.enable()
+
+
+def _survey(folders: Sequence[RunFolder], top: str) -> list[Facts]:
+    kept = _load(top)
     found, fresh = [], 0
     for folder in folders:
         path = str(folder.path)
@@ -155,7 +177,7 @@ def survey(folders: Sequence[RunFolder], root: Path) -> list[Facts]:
         facts = Facts.read(path)
         kept[path] = [mark, facts]
         found.append(facts)
-    if len(folders) >= WORTH_KEEPING and fresh > len(folders) // 50:
+    if fresh > len(folders) // 50:
         _save(top, kept)
     return found
 
