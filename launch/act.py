@@ -12,8 +12,9 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
-from launch import cluster
+from launch import cluster, successor
 from launch.arrays import shares
 from launch.exits import FAILED, NO_SLURM, OK, USAGE
 from launch.logs import complain
@@ -62,6 +63,9 @@ def cancel(chosen: Sequence[RunFolder], options: argparse.Namespace) -> int:
             for rank in children(int(line.state.job)):
                 os.kill(rank, signal.SIGTERM)
     try:
+        for line in open_:
+            if line.batch:
+                successor.drop(Path(line.facts.batch), line.state.job)
         for start in range(0, len(elements), 500):
             cluster.call("scancel", *elements[start : start + 500])
     except cluster.SlurmError as error:

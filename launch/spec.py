@@ -62,6 +62,9 @@ class ClusterSpec:
     grace: Duration = TEN_MINUTES  # warning before the walltime; a run whose saves take longer leaves earlier
     hang_after: Duration = FIVE_MINUTES  # a step silent so long, and 10 x the slowest, is a hang; 0s: never
     load_within: Duration = HALF_HOUR  # as long may loading, a save or an evaluation be silent; 0s: for ever
+    spare: bool = (
+        False  # a second job waits to go on, where jobs are neither requeued nor given time to do so
+    )
     array_parallelism: int = 0  # elements of an array that run at a time; 0: all
     setup: tuple[str, ...] = ()  # shell lines before the ranks start
     python: str = ""  # the interpreter on the nodes; empty: the one that submits

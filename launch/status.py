@@ -103,6 +103,11 @@ def _judge(facts: Facts, queue: Mapping[str, Job] | None, batches: Batches) -> t
         found = queue.get(element)
         if found and found.state in ACTIVE:
             return *_queued(facts, found, queue, asked), element
+        after = f"{facts.batch.partition('.after-')[0]}.after-{element}"  # launch.successor's
+        if after != facts.batch and os.path.exists(f"{after}/batch.json"):
+            spare = f"{job_of(read_batch(after, batches), queue)}_{facts.element}"
+            if spare in queue and queue[spare].state in ACTIVE:
+                return _judge(facts._replace(batch=after), queue, batches)
         if found and found.state == "COMPLETED":
             return "stopped", "SLURM says COMPLETED, and there is no handoff", element
     if facts.said == "cancelled":

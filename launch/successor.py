@@ -2,11 +2,13 @@
 
 Sites that switch requeueing off refuse it also for a job that asked for it. The dying job then submits the script it
 was started by once more, for its own element alone, and moves the jobs that depend on it while SLURM still counts it as
-not ended: afterwards they would be cancelled.
+not ended: afterwards they would be cancelled. With `cluster.spare` the successor is submitted when the job starts, and
+waits for it to fail: for sites that take a node away and leave no time for that.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pwd
 import re
@@ -17,20 +19,29 @@ from launch import cluster
 from launch.record import RunFolder, read_json, write_json
 
 
-def submit(batch: Path, folder: RunFolder, attempt: str, index: int, *options: str) -> str:
+def place_of(batch: Path, element: str) -> Path:
+    """The batch folder of an element's successor; `batch` may be a successor's own."""
+    return batch.with_name(f"{batch.name.partition('.after-')[0]}.after-{element}")
+
+
+def take_over(folder: RunFolder, place: Path, element: str) -> None:
+    """Note that the run goes on in the successor of `element`; once."""
+    newest = folder.last("submitting") or {}
+    if newest.get("batch") != str(place):
+        code = Path((read_json(place / "plan.json") or {}).get("code", "")).name
+        index = int(element.partition("_")[2])
+        folder.note("submitting", batch=str(place), index=index, code=code, after=element)
+
+
+def submit(batch: Path, element: str, *options: str) -> str:
     """Submit the element's successor and return its id; raises SlurmError. Asked again, it finds the first."""
-    token = f"{batch.name}.after-{attempt}"
-    place = batch.parent / token
-    file = place / "batch.json"
+    place = place_of(batch, element)
+    token, index, file = place.name, element.partition("_")[2], place / "batch.json"
     if facts := read_json(file):
         job = str(facts.get("job", "")) or _found(token)
     else:
-        plan = read_json(batch / "plan.json") or {}
-        write_json(place / "plan.json", plan)
+        write_json(place / "plan.json", read_json(batch / "plan.json") or {})
         write_json(file, {"state": "intent", "token": token})
-        folder.note(
-            "submitting", batch=str(place), index=index, code=Path(plan.get("code", "")).name, after=attempt
-        )
         job = ""
     if not job:
         command = ["sbatch", "--parsable", f"--array={index}", f"--comment={token}", *options]
@@ -90,3 +101,39 @@ def move(old: str, new: str) -> list[str]:
     except cluster.SlurmError as error:
         refused.append(str(error))
     return refused
+
+
+def prepare(batch: Path, folder: RunFolder, element: str) -> None:
+    """Take over, where this job was a spare, and submit the next; what waits for the element is content with either.
+
+    What SLURM refuses of it is noted.
+    """
+    attempt = f"{element}-0"
+    try:
+        token = cluster.show(element).get("Comment", "")
+        if ".after-" in token:
+            take_over(folder, batch.with_name(token), token.partition(".after-")[2])
+        job = submit(batch, element, f"--dependency=afternotok:{element}")
+        for waiting, same in list(dependents(element, element)):
+            if "," not in same and job not in same:  # SLURM has no mixture of "and" and "or"
+                either = f"Dependency={same}?afterok:{job}"
+                cluster.call("scontrol", "update", f"JobId={waiting}", either, timeout=20)
+    except cluster.SlurmError as error:
+        folder.note("refused", attempt=attempt, what="a spare job", reason=str(error))
+
+
+def drop(batch: Path, element: str) -> None:
+    """Take a spare back: the run is over, and it would start when the job ends with an error.
+
+    What waits must first forget it: SLURM 22.05 takes a job that was cancelled before its start for one it never knew,
+    and a dependency on such a one for met.
+    """
+    facts = read_json(place_of(batch, element) / "batch.json") or {}
+    if not (array := facts.get("job")):
+        return
+    job = f"{array}_{element.partition('_')[2]}"
+    with contextlib.suppress(cluster.SlurmError):
+        for waiting, wanted in list(dependents(job, job)):
+            rest = "?".join(term for term in wanted.split("?") if term != f"afterok:{job}")
+            cluster.call("scontrol", "update", f"JobId={waiting}", f"Dependency={rest}", timeout=20)
+        cluster.call("scancel", job, timeout=20)

@@ -122,9 +122,10 @@ def stay(element: str, restarts: int, seconds: float = 600) -> None:
 def succeed(batch: Path, folder: RunFolder, attempt: str, element: str, *options: str) -> str:
     """Submit a successor of the element, and have what waits for it wait for that; why not, where SLURM refuses."""
     try:
-        job = successor.submit(batch, folder, attempt, int(element.partition("_")[2]), *options)
+        job = successor.submit(batch, element, *options)
     except cluster.SlurmError as error:
         return str(error)
+    successor.take_over(folder, successor.place_of(batch, element), element)
     for refused in successor.move(element, job):
         folder.note("refused", attempt=attempt, what="a new dependency", reason=refused)
     print(f"{folder.path.name}: job {job} goes on with it", flush=True)
@@ -190,6 +191,8 @@ def main(arguments: list[str]) -> int:
     speak(folder, attempt, found, again=again, delay=wait, excluded=excluded, held=stop)
     print(f"{folder.path.name}: attempt {attempt}: {found.verdict}{': ' * bool(found.reason)}{found.reason}")
     sys.stdout.flush()
+    if not again:
+        successor.drop(batch, element)
     if found.verdict in ("finished", "cancelled"):
         return 0
     if again and (restarted or not (said := requeue(element))):

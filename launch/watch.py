@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from launch import cluster
+from launch import cluster, successor
 from launch.pulse import Beat, beats
 from launch.record import RunFolder, read_json, write_json
 from launch.spec import Duration
@@ -143,7 +143,10 @@ def main(arguments: list[str]) -> int:
     restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
     attempt = f"{element}-{restarts}"
     late(batch.parent.parent, folder, element, restarts)
-    watch = Watch(Limits.of(read_json(folder.spec_file) or {}), int(os.environ.get("SLURM_NTASKS", "1")))
+    spec = read_json(folder.spec_file) or {}
+    if (spec.get("cluster") or {}).get("spare"):
+        successor.prepare(batch, folder, element)
+    watch = Watch(Limits.of(spec), int(os.environ.get("SLURM_NTASKS", "1")))
     script = os.getppid()
     at = time.monotonic()
     while True:

@@ -27,9 +27,9 @@ def run_stage(
 ) -> str:
     """As launch.stage's, without the training."""
     acts = json.loads((folder.path / "acts.json").read_text())
-    # A successor's first attempt is its run's second; all ranks must count alike.
-    number = sum(record["event"] == "submitting" for record in folder.journal) - 1
-    number += int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    # A successor's first attempt is its run's second; all ranks must count alike. Some attempts have no ranks.
+    before = {r["attempt"] for r in folder.journal if r["event"] in ("launched", "verdict")} - {place.attempt}
+    number = len(before)
     act, _, rank = acts[min(number, len(acts) - 1)].partition(" ")
     facts: dict[str, Any] = {"attempt": place.attempt, "world": place.world, "node": place.node}
     if place.rank == 0:

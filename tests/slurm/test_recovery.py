@@ -183,7 +183,7 @@ def test_where_requeueing_is_forbidden_a_new_job_goes_on_and_dependents_follow_i
     urgent = slurm.sbatch("#!/bin/sh\n:\n", "--partition=urgent", "--exclusive", "-N2", f"--nodelist={nodes}")
     slurm.wait_state(urgent, "COMPLETED", timeout=60)
     new = run.of("submitting")[-1]
-    assert new["after"] == f"{run.id}-0"
+    assert new["after"] == run.id
     jobs = {job.id: job for job in slurm.jobs().values() if job.name == "x"}
     assert len(jobs) == 2
     (after,) = set(jobs) - {run.id}
@@ -199,3 +199,27 @@ def test_where_requeueing_is_forbidden_a_new_job_goes_on_and_dependents_follow_i
         assert done.fields["StartTime"] >= slurm.job(after).fields["EndTime"]
     assert run.state()[0] == "done"
     assert "a new job took it over" in run.runs("explain", "x")
+
+
+def test_where_a_lost_node_ends_a_job_for_good_its_spare_goes_on(slurm: PrivateSlurm, tmp_path: Path) -> None:
+    run = Submitted(slurm, tmp_path, "run", "run", spare=True, sbatch={"requeue": "no"})
+    after = f"--dependency=aftercorr:{run.array}"
+    below = slurm.sbatch("#!/bin/sh\n:\n", "--array=3", after, "--kill-on-invalid-dep=yes", "-o/dev/null")
+    slurm.wait(lambda: run.of("start"), 30)
+    slurm.wait(lambda: "?" in slurm.job(f"{below}_3").fields["Dependency"], 30)
+    assert run.state()[0] == "running"
+    host = run.of("start")[0]["node"]
+    slurm.kill_node(host)
+    slurm.run(["scontrol", "update", f"nodename={host}", "state=down", "reason=test"])
+    slurm.wait_state(run.id, "NODE_FAIL")
+    assert run.state()[0] in ("queued", "running")  # the spare, by itself
+    slurm.wait(lambda: len(run.of("start")) == 2, 30)
+    (spare,) = {record["after"] for record in run.of("submitting") if "after" in record}
+    assert spare == run.id
+    # Cancelled is cancelled: its own spare goes with it.
+    run.runs("cancel", "x")
+    slurm.wait(lambda: all(job.over for job in slurm.jobs().values() if job.name == "x"), 30)
+    assert {job.state for job in slurm.jobs().values() if job.name == "x"} == {"NODE_FAIL", "CANCELLED"}
+    assert len(run.of("start")) == 2
+    assert slurm.wait_state(f"{below}_3", "CANCELLED").state == "CANCELLED"
+    assert run.state()[0] == "cancelled"
