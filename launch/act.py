@@ -18,7 +18,7 @@ from launch import cluster, successor
 from launch.arrays import shares
 from launch.exits import FAILED, NO_SLURM, OK, USAGE
 from launch.logs import complain
-from launch.record import RunFolder
+from launch.record import RunFolder, read_json
 from launch.show import Line, Look, look
 from launch.status import children
 
@@ -54,12 +54,10 @@ def cancel(chosen: Sequence[RunFolder], options: argparse.Namespace) -> int:
         return _said(options, [], "nothing to cancel: none of these runs is running or queued")
     if not (yes := agreed(open_, "cancelled", options)):
         return USAGE if yes is None else OK
-    elements = []
+    elements = named(open_)
     for line in open_:
         line.folder.note("cancelled", by=user())
-        if line.batch:
-            elements.append(line.state.job)
-        else:
+        if not line.batch:
             for rank in children(int(line.state.job)):
                 os.kill(rank, signal.SIGTERM)
     try:
@@ -71,6 +69,23 @@ def cancel(chosen: Sequence[RunFolder], options: argparse.Namespace) -> int:
     except cluster.SlurmError as error:
         return _slurm(str(error))
     return _said(options, open_, f"cancelled {len(open_)} run(s)")
+
+
+def named(lines: Sequence[Line]) -> list[str]:
+    """What scancel is told: arrays as a whole where all their runs are meant, else elements.
+
+    An array whose last elements are cancelled one by one before they start is forgotten by SLURM 22.05, and what
+    depends on one of them is then taken to depend on nothing: it starts.
+    """
+    arrays: dict[str, list[Line]] = {}
+    for line in lines:
+        if line.batch:
+            arrays.setdefault(line.batch, []).append(line)
+    found = []
+    for array, members in arrays.items():
+        runs = (read_json(Path(members[0].facts.batch) / "plan.json") or {}).get("runs", {})
+        found += [array] if len(runs) == len(members) else [line.state.job for line in members]
+    return found
 
 
 def requeue(chosen: Sequence[RunFolder], options: argparse.Namespace) -> int:

@@ -40,7 +40,9 @@ def submit(batch: Path, element: str, *options: str) -> str:
     if facts := read_json(file):
         job = str(facts.get("job", "")) or _found(token)
     else:
-        write_json(place / "plan.json", read_json(batch / "plan.json") or {})
+        plan = read_json(batch / "plan.json") or {"runs": {}}
+        runs = {number: run for number, run in plan["runs"].items() if number == index}
+        write_json(place / "plan.json", {**plan, "runs": runs})
         write_json(file, {"state": "intent", "token": token})
         job = ""
     if not job:
@@ -123,17 +125,8 @@ def prepare(batch: Path, folder: RunFolder, element: str) -> None:
 
 
 def drop(batch: Path, element: str) -> None:
-    """Take a spare back: the run is over, and it would start when the job ends with an error.
-
-    What waits must first forget it: SLURM 22.05 takes a job that was cancelled before its start for one it never knew,
-    and a dependency on such a one for met.
-    """
+    """Take a spare back: the run is over, and it would start when the job ends with an error."""
     facts = read_json(place_of(batch, element) / "batch.json") or {}
-    if not (array := facts.get("job")):
-        return
-    job = f"{array}_{element.partition('_')[2]}"
-    with contextlib.suppress(cluster.SlurmError):
-        for waiting, wanted in list(dependents(job, job)):
-            rest = "?".join(term for term in wanted.split("?") if term != f"afterok:{job}")
-            cluster.call("scontrol", "update", f"JobId={waiting}", f"Dependency={rest}", timeout=20)
-        cluster.call("scancel", job, timeout=20)
+    if array := facts.get("job"):
+        with contextlib.suppress(cluster.SlurmError):
+            cluster.call("scancel", str(array), timeout=20)  # by the array: see launch.act.named

@@ -201,6 +201,18 @@ def test_where_requeueing_is_forbidden_a_new_job_goes_on_and_dependents_follow_i
     assert "a new job took it over" in run.runs("explain", "x")
 
 
+def test_what_waits_for_a_run_that_is_cancelled_before_its_start_does_not_start(
+    slurm: PrivateSlurm, tmp_path: Path
+) -> None:
+    first = slurm.sbatch("#!/bin/sh\nsleep 60\n", "--array=0", "-o/dev/null")
+    run = Submitted(slurm, tmp_path, "finish", sbatch={"dependency": f"afterok:{first}_0"})
+    after = f"--dependency=afterok:{run.id}"
+    below = slurm.sbatch("#!/bin/sh\n:\n", "--array=0", after, "--kill-on-invalid-dep=yes", "-o/dev/null")
+    slurm.wait_state(f"{first}_0", "RUNNING")
+    assert "cancelled 1 run(s)" in run.runs("cancel", "x")
+    assert slurm.wait_state(f"{below}_0", "CANCELLED", "COMPLETED").state == "CANCELLED"
+
+
 def test_where_a_lost_node_ends_a_job_for_good_its_spare_goes_on(slurm: PrivateSlurm, tmp_path: Path) -> None:
     run = Submitted(slurm, tmp_path, "run", "run", spare=True, sbatch={"requeue": "no"})
     after = f"--dependency=aftercorr:{run.array}"
