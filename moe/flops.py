@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from moe.optim import is_expert
-from moe.vlm import VLM, whole_size
+from moe.parts import whole_size
+from moe.vlm import VLM
 
 # Dense bfloat16 peak of one device, in TFLOP/s, by a part of the name that torch.cuda.get_device_name gives; the
 # first that fits. From NVIDIA's data sheets (B200, H200, H100, A100, A40, A30, A10, L40S, L40, L4), which print

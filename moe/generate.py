@@ -9,7 +9,6 @@ that share experts answer in step: whoever has finished makes passes without tok
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import sys
 from collections.abc import Sequence
@@ -131,77 +130,12 @@ def _any(running: Tensor, groups: Groups) -> bool:
     return bool(some)
 
 
-# ------------------------------------------------------------------ the command
+# ------------------------------------------------------------------ the command's door
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Answer one question, or hold a conversation; 2 when it cannot be done, saying why."""
-    parser = argparse.ArgumentParser(
-        prog="moe/generate.py", description="Ask a trained model about images.", allow_abbrev=False
-    )
-    parser.add_argument("checkpoint", type=Path, help="a checkpoint folder inside its run folder")
-    parser.add_argument("question", nargs="?", help="left out: a conversation, ended by an empty line")
-    parser.add_argument("--image", type=Path, action="append", default=[], help="may be given several times")
-    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
-    parser.add_argument("--template", default="", help="default: the one the run trained with")
-    parser.add_argument(
-        "--routing", type=Path, metavar="PNG", help="picture which experts the prompt went to"
-    )
-    given = parser.parse_intermixed_args(arguments)  # options may stand before the question
-    try:
-        return _converse(given)
-    except (ValueError, RuntimeError, OSError) as wrong:
-        print(f"error: {wrong}", file=sys.stderr)
-        return 2
-
-
-def _converse(given: argparse.Namespace) -> int:
-    from moe.interchange import open_checkpoint, run_spec
-
-    # The model's half of this file knows no data; the command puts the two together, as launch does.
-    images, conversation = (importlib.import_module(f"data.{name}") for name in ("images", "conversation"))
-    vlm, tokenizer = open_checkpoint(given.checkpoint)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    vlm.to(device)
-    said = run_spec(given.checkpoint).get("data", {})
-    template = given.template or said.get("template", "v1")
-    if template == "plain":
-        template = "v1"  # stage align's own has no questions
-    look = vlm.vision
-    format = images.ImageFormat(look.size, look.mean, look.std, look.resize)
-    empty = torch.empty(0, 3, look.size, look.size)
-    pixels = [images.load(path, format, said.get("aspect", "pad"))[None] for path in given.image]
-    shown = torch.cat(pixels) if pixels else empty
-    turns: list[dict[str, str]] = []
-    question = given.question or _ask()
-    while question:
-        text = "<image>\n" * len(given.image) + question if not turns else question
-        turns.append({"from": "human", "value": text})
-        ids = conversation.prompt(turns, tokenizer, template, has_image=bool(given.image))
-        if given.routing:
-            _picture(vlm, ids, shown.to(device), given.routing)
-        [reply] = answer(
-            vlm, tokenizer, [ids], [shown], max_new_tokens=given.max_new_tokens, groups=Groups.single()
-        )
-        print(reply, flush=True)
-        if given.question:
-            break
-        turns.append({"from": "gpt", "value": reply})
-        question = _ask()
-    return 0
-
-
-def _ask() -> str:
-    try:
-        return input("> ").strip()
-    except EOFError:
-        return ""
-
-
-def _picture(vlm: VLM, ids: list[int], pixels: Tensor, path: Path) -> None:
-    from moe.pictures import draw, shares
-
-    draw(shares(vlm, torch.tensor([ids], device=pixels.device), pixel_values=pixels), path)
+    """As `launch.ask.main`: the command puts model and data together, which only launch may."""
+    return int(importlib.import_module("launch.ask").main(arguments))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ Shapes: B sequences, S positions, N images, P patches an image, D width.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,16 +24,25 @@ from torch.utils.checkpoint import checkpoint
 
 from moe import backbones, weights
 from moe.parallel import Groups
+from moe.parts import VLMError, parts, train_only
 from moe.router import Traffic, balance
 from moe.spec import LoraSpec, ModelSpec, MoESpec
-from moe.stages import Part
+
+__all__ = [
+    "IGNORE",
+    "IMAGE",
+    "VLM",
+    "Output",
+    "Spliced",
+    "VLMError",
+    "build",
+    "parts",
+    "projector",
+    "train_only",
+]
 
 IMAGE, IGNORE = -200, -100  # LLaVA's: where an image goes; a label that is not learnt
 ROWS = 2048  # positions whose logits are alive at once: 0.8 GB in fp32 for 100k tokens
-
-
-class VLMError(ValueError):
-    """A batch the model cannot take, in words."""
 
 
 @dataclass(frozen=True)
@@ -301,55 +309,3 @@ def build(spec: ModelSpec, *, vocab_size: int, seed: int, dtype: torch.dtype, fi
         torch.manual_seed(seed + 2)
         between = projector(spec.projector, tower.config.hidden_size, language.config.hidden_size).to(dtype)
     return VLM(spec, language, tower, between)
-
-
-# ------------------------------------------------------------------ what a stage trains
-
-_PARTS: tuple[tuple[str, Part], ...] = (  # the first that is found in a parameter's name names its part
-    ("projector.", "projector"),
-    ("lora_", "adapters"),
-    (".embed_tokens.", "embeddings"),
-    (".lm_head.", "head"),
-    (".self_attn.", "attention"),
-    (".mlp.router.", "router"),
-    (".mlp.coefficient.", "router"),
-    (".mlp.experts.", "experts"),
-    (".mlp.", "ffn"),
-    ("norm.", "norms"),
-)
-
-
-def _part(name: str) -> Part | None:
-    if name.startswith("tower."):
-        return None  # never trained
-    for piece, part in _PARTS:
-        if piece in name:
-            return part
-    raise VLMError(f"parameter {name} belongs to no part of moe.stages; name its part in moe/vlm.py")
-
-
-def parts(vlm: VLM) -> dict[Part, list[str]]:
-    """The parameters' names by part; the tower is in none, tied embeddings are `embeddings`."""
-    found: dict[Part, list[str]] = {}
-    for name, _ in vlm.named_parameters():
-        part = _part(name)
-        if part is not None:
-            found.setdefault(part, []).append(name)
-    return found
-
-
-def train_only(vlm: VLM, wanted: Iterable[Part]) -> dict[Part, int]:
-    """Let only these parts have gradients; gives their parameter counts, experts over all ranks."""
-    chosen, counts = set(wanted), dict[Part, int]()
-    for name, parameter in vlm.named_parameters():
-        part = _part(name)
-        parameter.requires_grad_(part in chosen)
-        if part is not None and part in chosen:
-            counts[part] = counts.get(part, 0) + whole_size(parameter)
-    return counts
-
-
-def whole_size(parameter: Tensor) -> int:
-    """Elements over all ranks: an expert parameter says how many experts there are in all."""
-    total = getattr(parameter, "expert_total", None)
-    return parameter.numel() if total is None else parameter.numel() // parameter.shape[0] * int(total)

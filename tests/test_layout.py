@@ -44,6 +44,7 @@ COMPUTE = {
     "launch/mirror.py",
     "launch/session.py",
     "launch/panels.py",
+    "launch/ask.py",
     "launch/evaluate.py",
     "launch/routing.py",
     "launch/meter.py",

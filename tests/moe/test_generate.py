@@ -197,6 +197,42 @@ def test_a_checkpoint_is_exported_with_its_tokenizer(checkpoint: Path, tmp_path:
     assert words("What is this?").input_ids == tokenizer("What is this?").input_ids
 
 
+FRESH = """
+import sys
+import moe.hub, torch, transformers
+model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval()
+words = transformers.AutoTokenizer.from_pretrained(sys.argv[1])
+ids = torch.tensor([[*words("USER: What").input_ids, -200, 5]])
+torch.manual_seed(0)
+said = model.generate(ids, pixel_values=torch.randn(1, 3, 28, 28), max_new_tokens=4, do_sample=False)
+assert not {"deepspeed", "tutel", "launch", "data"} & set(sys.modules)
+print(said.tolist())
+"""
+
+
+def test_a_fresh_process_generates_from_an_export_with_this_package_and_transformers(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    from moe.interchange import export_hf, open_checkpoint
+
+    export_hf(checkpoint, tmp_path / "hub")
+    vlm, tokenizer = open_checkpoint(checkpoint)
+    prompt = [*tokenizer("USER: What").input_ids, IMAGE, 5]
+    torch.manual_seed(0)
+    images = torch.randn(1, 3, SIZE, SIZE)
+    want = greedy(vlm, [prompt], [images], max_new_tokens=4, end=tokenizer.eos_token_id, groups=ALONE)
+    done = subprocess.run(
+        [sys.executable, "-c", FRESH, str(tmp_path / "hub")],
+        cwd=Path(generate.__file__).parents[1],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout.splitlines()[-1])
+    assert said[0][: len(want[0])] == want[0]
+
+
 def test_the_command_holds_a_conversation(
     checkpoint: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
