@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from data.conversation import IGNORED, ConversationError, encode
 
 from . import reference
-from .support import FAMILIES, lines, tokenizer
+from .support import FAMILIES, lines, talk, tokenizer
 from .test_conversation_properties import FEW, TEXT
 
 ROLES = st.sampled_from(["human"] * 9 + ["gpt"] * 9 + ["system"])
@@ -48,6 +48,9 @@ def test_conversations_are_encoded_as_the_reference_does(template: str, folder: 
 
     @FEW
     @given(turns=conversations(), has_image=st.booleans())
+    @example(turns=talk("<image>\nA?", "B."), has_image=True)
+    @example(turns=talk("A?", "B.", "C?"), has_image=False)  # it loses what ends in a question
+    @example(turns=[{"from": "system", "value": "A"}], has_image=False)
     def compare(turns: list[dict[str, str]], has_image: bool) -> None:
         has_image = has_image or template == "plain"
         try:
@@ -59,8 +62,10 @@ def test_conversations_are_encoded_as_the_reference_does(template: str, folder: 
             return
         got = encode(turns, tok, template, has_image)
         assert got.input_ids == want.ids
+        # Its own separator in a text can lead it astray unnoticed: where it splits is not where the answer starts.
+        astray = template != "plain" and any("ASSISTANT:" in turn["value"] for turn in turns)
         seen["lost" if want.lost else "kept"] += 1
-        if not want.lost:
+        if not want.lost and not astray:
             assert got.labels == want.labels
         else:
             # What it loses is learnt here: of each answer that says something, its tokens and the turn's end.
@@ -73,9 +78,9 @@ def test_conversations_are_encoded_as_the_reference_does(template: str, folder: 
             assert got.labels[0] == IGNORED
 
     compare()
-    assert seen["kept"] > 3
-    assert seen["refused"] > 0
-    assert template == "plain" or seen["lost"] > 0
+    assert seen["kept"]
+    assert seen["refused"]
+    assert template == "plain" or seen["lost"]
 
 
 @pytest.mark.parametrize("line", lines("sample")[::5], ids=lambda line: str(line["id"]))
