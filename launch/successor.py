@@ -83,11 +83,18 @@ def moved(dependency: str, waiting: str, old: str, new: str) -> str:
 
 
 def dependents(old: str, new: str) -> Iterable[tuple[str, str]]:
-    """The jobs of this user that wait for `old`, each with what it should wait for instead; raises SlurmError."""
+    """The jobs of this user that wait for `old`, each with what it should wait for instead; raises SlurmError.
+
+    A spare, which waits for its failure, is none of them.
+    """
     user = pwd.getpwuid(os.getuid()).pw_name
     for line in cluster.call("squeue", "-h", "-r", "-t", "PENDING", "-u", user, "-o", "%i|%E").splitlines():
         waiting, _, dependency = line.partition("|")
-        if wanted := moved(dependency, waiting, old, new):
+        if (
+            waiting != new
+            and "afternotok" not in dependency
+            and (wanted := moved(dependency, waiting, old, new))
+        ):
             yield waiting, wanted
 
 

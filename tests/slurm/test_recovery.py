@@ -19,6 +19,7 @@ from launch.record import RunFolder, read_lines, write_json
 from launch.script import script
 from launch.spec import ClusterSpec, Duration, ExperimentSpec
 from tests.slurm.cluster import PrivateSlurm
+from tests.slurm.jobs import Job
 
 pytestmark = pytest.mark.slurm
 ROOT = Path(__file__).resolve().parents[2]
@@ -117,8 +118,9 @@ def test_a_hang_and_two_lost_ranks_are_named_waited_out_and_their_node_avoided(
 
 
 def test_a_requeue_before_the_ranks_start_is_not_lost_and_an_srun_that_hangs_is_ended(
-    slurm: PrivateSlurm, tmp_path: Path
+    private_slurm: Callable[..., PrivateSlurm], tmp_path: Path
 ) -> None:
+    slurm = private_slurm(kill_wait=1)
     fake = tmp_path / "bin" / "srun"
     fake.parent.mkdir()
     real = subprocess.run(["which", "srun"], capture_output=True, text=True, check=True).stdout.strip()
@@ -230,8 +232,14 @@ def test_where_a_lost_node_ends_a_job_for_good_its_spare_goes_on(slurm: PrivateS
     assert spare == run.id
     # Cancelled is cancelled: its own spare goes with it.
     run.runs("cancel", "x")
-    slurm.wait(lambda: all(job.over for job in slurm.jobs().values() if job.name == "x"), 30)
-    assert {job.state for job in slurm.jobs().values() if job.name == "x"} == {"NODE_FAIL", "CANCELLED"}
+
+    def ours() -> list[Job]:
+        later = [job for job in slurm.jobs().values() if int(job.id.partition("_")[0]) >= int(run.array)]
+        return [job for job in later if job.name == "x"]
+
+    slurm.wait(lambda: all(job.over for job in ours()), 30)
+    assert {job.state for job in ours()} == {"NODE_FAIL", "CANCELLED"}
+    assert not run.of("refused")
     assert len(run.of("start")) == 2
     assert slurm.wait_state(f"{below}_3", "CANCELLED").state == "CANCELLED"
     assert run.state()[0] == "cancelled"
