@@ -297,6 +297,11 @@ COMPLAINTS = [
     ("cluster={gpus_per_node: 0}", "cluster.gpus_per_node: 0: a node needs at least one rank"),
     ("cluster={walltime: 30s}", "cluster.walltime: 30s is under a minute, SLURM's least"),
     ("cluster={walltime: 15m}", "cluster.grace (10m) is more than half of walltime (15m)"),
+    (
+        "cluster={hang_after: 30s}",
+        "cluster.hang_after: 30s is under a minute: SLURM takes as long to end the ranks",
+    ),
+    ("train={diverged_after: -1}", "train.diverged_after: -1 is below 0"),
     ("cluster={cpus_per_gpu: 0}", "cluster.cpus_per_gpu: 0: a rank needs at least one CPU"),
     ("cluster={mem_gb_per_gpu: -1}", "cluster.mem_gb_per_gpu: -1.0 is below 0"),
     ("cluster={array_parallelism: -1}", "cluster.array_parallelism: -1 is below 0"),
