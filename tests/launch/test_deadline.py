@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from launch import cluster
 from launch.deadline import MARGIN, SLACK, Deadline, needed, save_seconds
 from launch.margins import saves
-from launch.record import RunFolder, write_json
+from launch.record import RunFolder, read_json, write_json
 from launch.settings import Partition, Site
-from launch.successor import moved
+from launch.successor import moved, place_of, submit, take_over
+from tests.launch import chain
 
 INF = float("inf")
 
@@ -126,3 +129,30 @@ def test_doctor_says_whether_a_save_fits_into_what_a_preemption_leaves(
     assert [row[:3] for row in found] == [("slowest save", "41 s (x)", level)]
     assert ("30 s (KillWait)" in found[0][3]) is (level == "warn")
     assert not list(saves(site, partition, tmp_path / "none"))
+
+
+def test_a_successor_is_submitted_once_whatever_is_asked_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slurm = chain.fake_slurm(tmp_path / "bin")
+    monkeypatch.setenv("PATH", chain.path_with(slurm))
+    batch = tmp_path / "runs" / "batches" / "x-0"
+    write_json(batch / "plan.json", {"code": "/code/abc", "runs": {"2": "/r/2", "3": "/r/3"}})
+    (batch / "script.sbatch").write_text("#SBATCH --comment=x-0\n#SBATCH --array=2-3\n")
+    (slurm / "mode").write_text("refuse")
+    with pytest.raises(cluster.SlurmError, match="invalid partition specified: main"):
+        submit(batch, "7_3")
+    place = place_of(batch, "7_3")
+    assert (read_json(place / "batch.json") or {})["state"] == "refused"
+    (slurm / "mode").unlink()
+    assert [submit(batch, "7_3", "--begin=now+60") for _ in range(2)] == ["100_3", "100_3"]
+    (sent,) = (json.loads(path.read_text()) for path in slurm.glob("sent_*"))
+    assert sent["argv"][:4] == ["--parsable", "--array=3", "--comment=x-0.after-7_3", "--begin=now+60"]
+    assert (read_json(place / "plan.json") or {})["runs"] == {"3": "/r/3"}
+    # The successor's own successor is named after the first batch too, and taken over from once.
+    assert place_of(place, "100_3").name == "x-0.after-100_3"
+    folder = RunFolder(tmp_path / "runs" / "x")
+    for _ in range(2):
+        take_over(folder, place, "7_3")
+    (taken,) = folder.journal
+    assert (taken["event"], taken["index"], taken["code"], taken["after"]) == ("submitting", 3, "abc", "7_3")
