@@ -152,7 +152,11 @@ class Mirror:
 
     def spent(self) -> dict[str, float]:
         """The run's time by what it went into, in seconds, and the share that went into steps that are kept."""
-        cost = ledger.of(RunFolder(self.folder), State("running"))
+        try:
+            cost = ledger.of(RunFolder(self.folder), State("running"))
+        except Exception as error:  # a journal by hand, say: no reason to keep rows back
+            self.say(f"goodput cannot be counted: {type(error).__name__}: {error}")
+            return {}
         found = {f"goodput/{part}_seconds": round(seconds, 1) for part, seconds in cost.seconds.items()}
         return found if cost.goodput is None else found | {"goodput/share": round(cost.goodput, 4)}
 

@@ -569,6 +569,15 @@ def test_a_mirror_that_fails_is_reported_at_the_end(
     assert steps(folder / "metrics.jsonl") == [1, 2, 3]
 
 
+def test_a_journal_that_cannot_be_counted_keeps_no_row_back(folder: Path) -> None:
+    (folder / "wandb").mkdir(parents=True)
+    (folder / "wandb" / "attempt_1.json").write_text('{"id": "x"}')
+    (folder / "attempts.jsonl").write_text('{"time": 1.0}\n')
+    seen = mirror.Mirror(folder, 1)
+    assert seen.spent() == {}
+    assert "goodput cannot be counted" in seen.state["note"]
+
+
 def test_names_fit_and_stay_apart() -> None:
     assert tracking.safe("demo/lr=1e-3,k=2", 64) == "demo-lr-1e-3-k-2"
     long = [tracking.safe("x" * 70 + end, 64) for end in "ab"]
