@@ -12,6 +12,7 @@ from launch.ledger import PARTS, brief
 from launch.page_chart import BOUNDS, Series, curve, heat, plain, stack
 from launch.page_embed import picture
 from launch.page_facts import Point, Story, Try
+from launch.record import read_json
 
 # (title, name in metrics.jsonl, unit, whether the axis starts at 0)
 PANELS = (
@@ -169,7 +170,7 @@ def routers(stories: Sequence[Story]) -> str:
     for story in stories:
         if not (layers := story.curves.layers):
             continue
-        panels = []
+        panels, named = [], _named(story, layers)
         for layer in layers:
             even = story.curves.evenness(layer)
             end = sum(value for _, value in even[-10:]) / len(even[-10:])
@@ -182,7 +183,7 @@ def routers(stories: Sequence[Story]) -> str:
             if any(point.high for _, point in drops):
                 line += curve("", [Series("dropped", drops, 1)], size=(340, 84), zero=True)
             panels.append(
-                f"<figure><figcaption>layer {layer} <small>evenness at the end {end:.3f}{dropped}</small></figcaption>"
+                f"<figure><figcaption>{named[layer]} <small>evenness at the end {end:.3f}{dropped}</small></figcaption>"
                 f"{heat(story.curves, layer)}{line}</figure>"
             )
         heading = f"<h3>{escape(story.name)}</h3>"
@@ -199,6 +200,15 @@ def routers(stories: Sequence[Story]) -> str:
         "choices, their share stands under it.</p>"
     )
     return f'{text}<div class="key">{swatches}</div>{"".join(parts)}'
+
+
+def _named(story: Story, layers: Sequence[int]) -> dict[int, str]:
+    """Metrics count the sparse layers from 0; by their places among all, where the evaluation noted these."""
+    noted = read_json(story.folder.path / "routing.json") or {}
+    places = sorted({int(share["layer"]) for share in noted.get("shares", [])})
+    if len(places) == len(layers):
+        return {layer: f"layer {place}" for layer, place in zip(layers, places, strict=True)}
+    return {layer: f"sparse layer {layer}" for layer in layers}
 
 
 def folder_picture(story: Story) -> str:

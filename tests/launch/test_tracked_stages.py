@@ -130,6 +130,7 @@ def test_three_stages_tell_all_there_is(
     assert main(["--runs", str(tmp_path / "runs"), "report", "demo/stage3_moe"]) == 0
     page = (runs["moe"].folder.path / "report.html").read_text()
     assert "which experts text and image tokens" in page
+    assert "<figcaption>layer 2 <small>evenness" in page  # the second sparse one, as in the picture
     assert f"{server.url}/team/moe-vlm/runs/{runs['moe'].id}" in page
 
 
