@@ -42,7 +42,7 @@ def finished(path: Path) -> RunFolder:
     write_json(folder.spec_file, {"stage": "instruct"})
     partial = storage.start(folder.checkpoints, 20)
     with storage.Writer() as writer:
-        file = writer.write(partial / "state_00000.bin", [memoryview(b"weights")])
+        file, _ = writer.write(partial / "state_00000.bin", [memoryview(b"weights")])
     storage.seal(partial, {"step": 20, "files": {"state_00000.bin": file}})
     handoff.publish(folder, storage.publish(partial, 20).path, parent=None)
     return folder
