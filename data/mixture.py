@@ -50,22 +50,27 @@ class Mixture:
         self.overlong = 0  # samples that are cut
         for source in self.sources:
             columns = source.index.columns
-            images = columns["images"].astype(np.int32)
-            total = columns["tokens"] + images * np.int32(patches - 1)
-            before = columns["head"] + columns["head_images"].astype(np.int32) * np.int32(patches - 1)
-            sound = images >= 0
-            fits = before < longest
-            self.too_long.append(np.flatnonzero(sound & ~fits))
-            fits &= sound
-            chosen = np.flatnonzero(fits).astype(np.int32)
+            images, more = columns["images"], np.int32(patches - 1)
+            total = np.multiply(images, more, dtype=np.int32)
+            total += columns["tokens"]
+            # Of most records nothing else need be read: this runs at each start, over all of them.
+            long = np.flatnonzero(total > longest)
+            before = columns["head"][long] + columns["head_images"][long] * more
+            lost = long[(before >= longest) & (images[long] >= 0)]
+            self.too_long.append(lost)
+            if len(lost) or int(images.min(initial=0)) < 0:
+                fits = images >= 0
+                fits[lost] = False
+                chosen = np.flatnonzero(fits).astype(np.int32)
+                total = total[chosen]
+            else:
+                chosen = np.arange(len(total), dtype=np.int32)
             self._records.append(chosen)
-            total = total if len(chosen) == len(total) else total[chosen]
-            self.overlong += int((total > longest).sum())
-            lengths.append(np.minimum(total, longest))
+            self.overlong += int((total > longest).sum()) if len(long) else 0
+            lengths.append(np.minimum(total, longest, out=total))
         self.starts = np.concatenate([[0], np.cumsum([len(records) for records in self._records])])
-        self.lengths = (
-            np.concatenate(lengths) if lengths else np.empty(0, np.int32)
-        )  # tokens, patches included
+        # Tokens of each, patches included.
+        self.lengths = lengths[0] if len(lengths) == 1 else np.concatenate([np.empty(0, np.int32), *lengths])
         self.draws = [
             max(1, round(source.weight * len(records))) if len(records) else 0
             for source, records in zip(self.sources, self._records, strict=True)
@@ -110,7 +115,7 @@ class Mixture:
             if rest:
                 places = np.arange(epoch * rest, (epoch + 1) * rest) % count
                 parts.append(permutation(count, seed, 1, number)[places] + np.int32(start))
-        return np.concatenate(parts)
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 class Stream:

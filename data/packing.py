@@ -98,7 +98,7 @@ class PackedStream:
 
     def __init__(self, mixture: Mixture, capacity: int, size: int, seed: int) -> None:
         self._mixture, self._capacity, self._size, self._seed = mixture, capacity, size, seed
-        self._order = (-1, np.empty(0, np.int32))
+        self._order = (-1, np.empty(0, np.int32), np.empty(0, np.int32))  # epoch, its samples, their order
         self._packed: tuple[tuple[int, int], list[list[int]]] = ((-1, -1), [])
         self._cursors: dict[int, list[int]] = {0: [0, 0, 0, 0]}
 
@@ -141,9 +141,9 @@ class PackedStream:
             return self._packed[1]
         if self._order[0] != epoch:
             members = self._mixture.members(epoch, self._seed)
-            self._order = (epoch, members[permutation(len(members), self._seed, 7, epoch)])
+            self._order = (epoch, members, permutation(len(members), self._seed, 7, epoch))
         start = FIRST + (window - 1) * WINDOW if window else 0
-        samples = self._order[1][start : FIRST + window * WINDOW]
+        samples = self._order[1][self._order[2][start : FIRST + window * WINDOW]]
         bins = pack(self._mixture.lengths[samples].tolist(), self._capacity)
         mixed = permutation(len(bins), self._seed, 8, epoch, window)
         self._packed = ((epoch, window), [samples[bins[at]].tolist() for at in mixed])
