@@ -56,6 +56,12 @@ class DataSpec:
             for name, weight in self.mix.items():
                 if not weight > 0:
                     yield f"mix.{name}", f"weight {weight} is not above 0", "leave the dataset out"
+                elif weight > 1000:
+                    yield (
+                        f"mix.{name}",
+                        f"weight {weight}: so often each of its samples would come in one epoch",
+                        "a share of the mix is written as 0.3; more passes over it are train.epochs",
+                    )
         if self.max_length < 2:
             yield "max_length", f"{self.max_length}: a sequence needs at least 2 tokens", ""
         if self.pack_length and not self.packing:

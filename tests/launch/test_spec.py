@@ -318,6 +318,7 @@ COMPLAINTS = [
     ("data.mix=''", "data.mix: names no data"),
     ("data.mix=lava-pt", "data.mix: 'lava-pt' is none of llava-pt, hybrid-ft"),
     ("data.mix={nlp: 0}", "data.mix.nlp: weight 0.0 is not above 0"),
+    ("data.mix={nlp: 665298}", "data.mix.nlp: weight 665298.0: so often each of its samples would come"),
     ("data.mix={nlpp: 1}", "data.mix.nlpp: 'nlpp' is none of llava-pt"),
     ("data.max_length=1", "data.max_length: 1: a sequence needs at least 2 tokens"),
     ("data.pack_length=8192", "data.pack_length: nothing is packed"),
