@@ -163,8 +163,9 @@ def tend(slurm: PrivateSlurm, one: Contender, seconds: float) -> None:
     if one.left and rows and rows[-1] >= min(one.left) and strike(slurm, one, one.left[min(one.left)]):
         del one.left[min(one.left)]
     gone = job.over and not done
-    if (gone and now - one.moved > 5) or now - one.moved > STILL:
+    if not done and ((gone and now - one.moved > 5) or now - one.moved > STILL):
         one.manual += 1
+        print(f"{one.style}: helped at step {rows[-1:]}: {job.state} {job.reason}", file=sys.stderr)
         slurm.run(["scancel", one.job], check=False)
         one.job, one.moved = one.submit(one.folder), now
     one.over = (one.over or now) if job.over and done else 0.0
@@ -174,6 +175,7 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--out", type=Path)
     options.add_argument("--seconds", type=float, default=420)
+    options.add_argument("--only", default="", help="the one whose name begins so")
     chosen = options.parse_args()
     with tempfile.TemporaryDirectory() as temporary, PrivateSlurm(kill_wait=5, nodes=5) as slurm:
         os.environ.update(slurm.env())
@@ -184,6 +186,7 @@ def main() -> None:
             "ours": ("USR2", by_us(slurm)),
         }
         all_of_them = []
+        ways = {style: way for style, way in ways.items() if style.startswith(chosen.only)}
         for number, (style, (warning, submit)) in enumerate(ways.items()):
             folder = Path(temporary) / str(number)
             folder.mkdir()
