@@ -251,6 +251,13 @@ class Engine:
             engine, *_ = deepspeed.initialize(
                 model=self._objective, optimizer=self.adam, config=self._config()
             )
+        if self.spec.zero == 3:
+            # A router returns no bare tensor, by which alone ZeRO 3 would know when to bring its weights back for
+            # the backward pass: they are brought back with the layer around it.
+            for layer in self.vlm.modules():
+                if isinstance(router := getattr(layer, "router", None), nn.Module):
+                    for parameter in router.parameters():
+                        deepspeed.zero.register_external_parameter(layer, parameter)
         # Its own calls, once a step on every rank.
         warnings.filterwarnings(
             "ignore", message=r"`torch.distributed.\w+_tensor` is deprecated", category=FutureWarning

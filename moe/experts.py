@@ -145,7 +145,31 @@ def _batched(x_eSD: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _grouped(x_ND: Tensor, weight: Tensor, bias: Tensor | None, load_e: Tensor, ends_e: Tensor) -> Tensor:
-    y = F.grouped_mm(x_ND, weight.transpose(1, 2), offs=ends_e)
+    y = cast(Tensor, Grouped.apply(x_ND, weight, ends_e))  # type: ignore[no-untyped-call]
     if bias is None:
         return y
     return y + bias.repeat_interleave(load_e, 0, output_size=len(x_ND))
+
+
+class Grouped(torch.autograd.Function):
+    """torch's grouped product of rows and each expert's own [e, out, in]; no rows are fine, also backward.
+
+    Keeps the parameter itself, not a view of it: ZeRO 3 takes its memory away between forward and backward.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_ND: Tensor, weight: Tensor, ends_e: Tensor) -> Tensor:
+        ctx.save_for_backward(x_ND, weight, ends_e)
+        if not len(x_ND):
+            return x_ND.new_zeros(0, weight.shape[1])
+        return F.grouped_mm(x_ND, weight.transpose(1, 2), offs=ends_e)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x_ND, weight, ends_e = ctx.saved_tensors
+        grad = grads[0].contiguous()
+        if not len(x_ND):
+            return torch.zeros_like(x_ND), torch.zeros_like(weight), None
+        grad_x = F.grouped_mm(grad, weight, offs=ends_e) if ctx.needs_input_grad[0] else None
+        grad_w = F.grouped_mm(grad.t(), x_ND, offs=ends_e) if ctx.needs_input_grad[1] else None
+        return grad_x, grad_w, None

@@ -151,8 +151,14 @@ class VLM(nn.Module):
         else:
             # No image on this rank: the projector stays in the graph all the same, with a gradient of zero,
             # because the other ranks wait for it.
-            zero = embed.weight.new_zeros(1, 1, self.tower.config.hidden_size)
-            features_NPD = self.projector(zero)[:0]
+            if hasattr(
+                embed.weight, "ds_id"
+            ):  # ZeRO 3: all ranks must call the tower, to bring its weights together
+                blank = embed.weight.new_zeros(1, 3, self.vision.size, self.vision.size)
+                features_NPD = self.image_features(blank)[:0]
+            else:
+                zero = embed.weight.new_zeros(1, 1, self.tower.config.hidden_size)
+                features_NPD = self.projector(zero)[:0]
         patches = features_NPD.shape[1] if images else self.vision.patches
         width_BS = torch.where(place_BS, patches, 1) * keep_BS
         end_BS = width_BS.cumsum(1)
@@ -278,7 +284,8 @@ class VLM(nn.Module):
         def chunk(rows: Tensor, target: Tensor) -> Tensor:
             return F.cross_entropy(self.head(rows).float(), target, reduction="sum")
 
-        if len(rows_TD) <= ROWS:
+        # Under ZeRO 3 in one go: ranks with unequal numbers of chunks would wait for each other's head for ever.
+        if len(rows_TD) <= ROWS or hasattr(self.language.lm_head.weight, "ds_id"):
             return chunk(rows_TD, target_T), wanted.sum()
         total = rows_TD.new_zeros((), dtype=torch.float32)
         for rows, target in zip(torch.split(rows_TD, ROWS), torch.split(target_T, ROWS), strict=True):

@@ -62,6 +62,16 @@ def test_a_grouped_product_of_no_rows_is_empty() -> None:
     assert _grouped(torch.zeros(0, 8), torch.ones(2, 4, 8), None, none, none.int()).shape == (0, 4)
 
 
+def test_no_rows_at_all_leave_gradients_of_zero(experts: tuple[torch.nn.Module, Experts]) -> None:
+    _, stacked = experts
+    for loads in ([0, 0, 0], torch.zeros(3, dtype=torch.int64)):
+        stacked.zero_grad()
+        x = torch.zeros(0, 32, requires_grad=True)
+        stacked(x, loads).sum().backward()
+        assert x.grad is not None
+        assert all(p.grad is not None and not p.grad.any() for p in stacked.parameters())
+
+
 def test_parameters_say_which_experts_they_hold(experts: tuple[torch.nn.Module, Experts]) -> None:
     _, stacked = experts
     for parameter in stacked.parameters():
