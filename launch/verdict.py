@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from launch import avoid, cluster, successor
@@ -185,12 +186,17 @@ def main(arguments: list[str]) -> int:
     again = restarted or comes_back(folder, found.verdict)
     wait = delay(folder, found.verdict) if again else 0
     nodes = avoid.Nodes.of(batch.parent.parent, folder, facts)
-    nodes.blame(found, attempt)
+    with suppress(OSError):
+        nodes.blame(found, attempt)
     excluded = nodes.avoided() if again else ()
     stop = "" if again else held(folder, found.verdict)
-    speak(folder, attempt, found, again=again, delay=wait, excluded=excluded, held=stop)
-    print(f"{folder.path.name}: attempt {attempt}: {found.verdict}{': ' * bool(found.reason)}{found.reason}")
-    sys.stdout.flush()
+    words = (
+        f"{folder.path.name}: attempt {attempt}: {found.verdict}{': ' * bool(found.reason)}{found.reason}\n"
+    )
+    with suppress(OSError):  # a full disk keeps no run from coming back
+        os.write(1, words.encode())  # print would try again at the exit, and change the exit code
+    with suppress(OSError):
+        speak(folder, attempt, found, again=again, delay=wait, excluded=excluded, held=stop)
     if not again:
         successor.drop(batch, element)
     if found.verdict in ("finished", "cancelled"):
@@ -198,7 +204,8 @@ def main(arguments: list[str]) -> int:
     if again and (restarted or not (said := requeue(element))):
         settings = nodes.settings(excluded) + ((f"StartTime=now+{wait}",) if wait else ())
         if settings and (refused := change(element, *settings)):
-            folder.note("refused", attempt=attempt, what=" ".join(settings), reason=refused)
+            with suppress(OSError):
+                folder.note("refused", attempt=attempt, what=" ".join(settings), reason=refused)
         if restarted:
             return 0
         stay(element, restarts)

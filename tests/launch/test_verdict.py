@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from launch import verdict
 from launch.findings import Finding, comes_back, of_attempt
-from launch.record import RunFolder, write_json
+from launch.record import RunFolder, write_json, write_text
 
 
 def failed(folder: RunFolder, rank: int, message: str, time: float, kind: str = "error") -> None:
@@ -76,3 +79,28 @@ def test_a_cancelled_run_stays_cancelled_until_it_is_submitted_again(tmp_path: P
     folder.note("submitting", batch="c", index=0)
     folder.note("ended", attempt="b", outcome="preempted", reason="SIGTERM")
     assert of_attempt(folder, "b", 0).verdict == "preempted"
+
+
+def test_a_full_disk_keeps_no_run_from_coming_back(tmp_path: Path) -> None:
+    """No file can be written, the log and the journal among them; SLURM is asked all the same."""
+    scontrol, asked = tmp_path / "bin" / "scontrol", tmp_path / "asked"
+    write_text(
+        scontrol,
+        f"#!/bin/sh\n[ -d {asked} ] && state=PENDING || state=RUNNING\n"
+        f'case "$*" in "requeue 1_0") mkdir {asked};;\n'
+        '*"show job"*) echo "JobId=1 JobState=$state Restarts=0 Reason=None";; esac\n',
+    )
+    scontrol.chmod(0o755)
+    run, batch = tmp_path / "run", tmp_path / "batches" / "b"
+    run.mkdir()
+    write_json(batch / "plan.json", {"runs": {"0": str(run)}})
+    place = {"SLURM_ARRAY_JOB_ID": "1", "SLURM_ARRAY_TASK_ID": "0", "SLURM_JOB_NODELIST": "n1"}
+    with open("/dev/full", "w") as full:
+        subprocess.run(
+            ["prlimit", "--fsize=0", sys.executable, "-m", "launch.verdict", str(batch), "143"],
+            env={**os.environ, **place, "PATH": f"{scontrol.parent}:{os.environ['PATH']}"},
+            cwd=Path(__file__).resolve().parents[2],
+            stdout=full,
+            timeout=60,
+        )
+    assert asked.is_dir()
