@@ -104,6 +104,8 @@ def drive(
                 if happened:
                     pending.pop(0)
                     story.events.append(event)
+                    if "; submitted" in event.words and "; submitted 0 new" not in event.words:
+                        story.manual.append(f"a run was gone, and submitted anew: {event.words}")
                     say(
                         f"{time.time() - story.began:6.0f} s  {reached:5d} steps  {kind.name:20s} "
                         f"{event.run.removeprefix('demo/'):24s} {event.words}"
