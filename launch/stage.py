@@ -101,6 +101,7 @@ def run_stage(folder: RunFolder, place: Place, warned: Callable[[], bool], pulse
     model = _model(spec, len(tokenizer), None if resumed else parent, groups)
     counts = vlm.train_only(model, stage.parts(lora=spec.train.lora.rank > 0))
     vision = backbones.vision(spec.model)
+    work = Work.of(model, vision.patches)  # of whole tensors: ZeRO 3 cuts them up
     image = ImageFormat(vision.size, vision.mean, vision.std, vision.resize)
     loader = Loader(
         spec.data,
@@ -145,7 +146,7 @@ def run_stage(folder: RunFolder, place: Place, warned: Callable[[], bool], pulse
     journal = Journal(folder, place.attempt, deadline.saved) if deadline else None
     tracker = _tracker(folder, record, spec, groups, number, start_step, parent, journal)
     if journal:
-        tracker = Meter(Work.of(model, vision.patches), groups.world, tracker)
+        tracker = Meter(work, groups.world, tracker)
     sampled = place.local_rank == 0 and spec.wandb.system == "node" and spec.wandb.mode != "disabled"
     sampling = sampler.start(folder.path, place.node) if sampled else None
     orders = Orders(deadline or warned, pulse, tracker, spec.train.save_every)
