@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -89,8 +89,16 @@ class Run:
 
     @cached_property
     def identity(self) -> str:
-        """64 hex digits over everything that decides the run's weights, its parent's included."""
-        facts = [identity_of(self.settings), self.parent.identity if self.parent else ""]
+        """64 hex digits over everything that decides the run's weights, its parent's included.
+
+        A setting at its default is left out, so that a later version's new setting, which by default changes
+        nothing, leaves the runs of this one what they are. A released default is therefore never changed.
+        """
+        found, defaults = identity_of(self.settings), _defaults()
+        said = {
+            path: value for path, value in found.items() if path not in defaults or defaults[path] != value
+        }
+        facts = [said, self.parent.identity if self.parent else ""]
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     @property
@@ -150,8 +158,18 @@ def plain(spec: Any) -> Any:
     return spec
 
 
-def identity_of(spec: dict[str, Any], above: str = "") -> dict[str, Any]:
-    """The part of a plain spec that decides weights, as dotted keys."""
+def identity_of(spec: dict[str, Any]) -> dict[str, Any]:
+    """The part of a plain spec that decides weights, as dotted keys; what it does not say is at its default."""
+    found = {**_defaults(), **_flat(spec)}
+    if not found["train.lora.rank"]:
+        found = {path: value for path, value in found.items() if not path.startswith("train.lora.")}
+    if not STAGES[spec["stage"]].sparse:
+        # A dense stage is the same run whatever an inherited file says of experts.
+        found = {path: value for path, value in found.items() if not path.startswith("moe.")}
+    return found
+
+
+def _flat(spec: dict[str, Any], above: str = "") -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in spec.items():
         path = above + key
@@ -162,15 +180,15 @@ def identity_of(spec: dict[str, Any], above: str = "") -> dict[str, Any]:
             and path.count(".") < 2
             and path.split(".")[0] in ("model", "moe", "data", "train")
         ):
-            found |= identity_of(value, path + ".") if value else {path: value}
+            found |= _flat(value, path + ".") if value else {path: value}
         else:
             found[path] = value
-    if not above and not found.get("train.lora.rank"):
-        found = {path: value for path, value in found.items() if not path.startswith("train.lora.")}
-    if not above and not STAGES[spec["stage"]].sparse:
-        # A dense stage is the same run whatever an inherited file says of experts.
-        found = {path: value for path, value in found.items() if not path.startswith("moe.")}
     return found
+
+
+@cache
+def _defaults() -> dict[str, Any]:
+    return _flat({key: value for key, value in plain(ExperimentSpec("moe")).items() if key != "stage"})
 
 
 def load(file: Path, overrides: Sequence[str] = ()) -> Experiment:

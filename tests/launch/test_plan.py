@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
+from launch import plan
 from launch.plan import clashes, make, plain
 from launch.reader import SpecError
 from launch.record import write_json
@@ -61,6 +63,25 @@ def test_identity_is_what_decides_weights(tmp_path: Path) -> None:
     # A dense stage does not care about experts in a file that all stages inherit.
     sparse = make(file, ["s2:moe.experts=8"])
     assert sparse.stages[1].runs[0].identity == identities[1]
+
+
+def test_a_setting_of_a_later_version_leaves_earlier_runs_what_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = chain.write(tmp_path)
+    run = make(file).stages[2].runs[0]
+    told = json.loads(json.dumps(run.settings))
+    assert told["data"].pop("pack_length") == 0  # as if this version had brought it
+    write_json(run.folder.spec_file, told)
+    write_json(run.folder.run_file, run.record("code"))
+    assert not list(clashes(make(file)))
+    (fault,) = clashes(make(file, ["data.packing=true", "data.pack_length=4096"]))
+    assert "data.pack_length was 0, is 4096; data.packing was false, is true" in fault.message
+    # A default that is written out is the same run, and so is each run when the next version has one more setting.
+    assert make(file, ["data.max_length=2048"]).stages[2].runs[0].identity == run.identity
+    defaults = plan._defaults()
+    monkeypatch.setattr(plan, "_defaults", lambda: {**defaults, "data.newer": 0})
+    assert make(file).stages[2].runs[0].identity == run.identity
 
 
 def test_ids_are_stable_short_and_safe(tmp_path: Path) -> None:
