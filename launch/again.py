@@ -132,7 +132,8 @@ def _code(folders: Sequence[RunFolder], options: argparse.Namespace) -> Path:
 
 def recorded(folders: Sequence[RunFolder], root: Path) -> Plan:
     """The plan that run folders alone hold: their runs, those above first; raises NotThis."""
-    from launch.plan import Experiment, Plan, StagePlan, plain
+    from launch.identity import plain
+    from launch.plan import Experiment, Plan, StagePlan
     from launch.reader import Layers
 
     runs: dict[Path, Run] = {}

@@ -17,8 +17,9 @@ from typing import Any
 from launch.address import choose, name
 from launch.exits import OK, USAGE
 from launch.faults import Place, SpecError
+from launch.identity import FREE, plain
 from launch.logs import complain
-from launch.plan import FREE, Experiment, load, plain
+from launch.plan import Experiment, load
 from launch.record import RunFolder, read_json
 from moe.stages import STAGES
 

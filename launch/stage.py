@@ -17,10 +17,10 @@ from data.loader import Loader, texts
 from launch import handoff, sampler, tracking
 from launch.deadline import Deadline
 from launch.evaluate import evaluate
+from launch.identity import plain
 from launch.job import Place
 from launch.meter import Meter
 from launch.orders import Orders
-from launch.plan import plain
 from launch.preemption import Preemption
 from launch.pulse import Pulse
 from launch.reader import Layers

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from launch import compare
-from launch.plan import FREE, load, make, plain
+from launch.identity import FREE, plain
+from launch.plan import load, make
 from launch.record import write_json
 from tests.launch import chain
 

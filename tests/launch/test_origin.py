@@ -13,8 +13,9 @@ import torch
 from launch import handoff, origin
 from launch.again import _read
 from launch.handoff import HandoffError
+from launch.identity import plain
 from launch.origin import Origin, OriginError
-from launch.plan import make, plain
+from launch.plan import make
 from launch.reader import SpecError
 from launch.record import RunFolder, find_runs, read_json, write_json
 from moe import storage

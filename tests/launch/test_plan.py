@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from launch import plan
-from launch.plan import clashes, make, plain
+from launch import identity
+from launch.identity import plain
+from launch.plan import clashes, make
 from launch.reader import SpecError
 from launch.record import write_json
 from tests.launch import chain
@@ -79,8 +80,8 @@ def test_a_setting_of_a_later_version_leaves_earlier_runs_what_they_are(
     assert "data.pack_length was 0, is 4096; data.packing was false, is true" in fault.message
     # A default that is written out is the same run, and so is each run when the next version has one more setting.
     assert make(file, ["data.max_length=2048"]).stages[2].runs[0].identity == run.identity
-    defaults = plan._defaults()
-    monkeypatch.setattr(plan, "_defaults", lambda: {**defaults, "data.newer": 0})
+    defaults = identity._defaults()
+    monkeypatch.setattr(identity, "_defaults", lambda: {**defaults, "data.newer": 0})
     assert make(file).stages[2].runs[0].identity == run.identity
 
 

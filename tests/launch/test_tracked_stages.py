@@ -15,11 +15,12 @@ import pytest
 
 from launch import tracking
 from launch.findings import comes_back, of_attempt
+from launch.identity import plain
 from launch.job import Place
 from launch.metrics import NoTracker
 from launch.operate import main
 from launch.orders import Orders
-from launch.plan import EXPERIMENTS, Run, make, plain
+from launch.plan import EXPERIMENTS, Run, make
 from launch.pulse import Pulse
 from launch.record import RunFolder, write_json
 from launch.stage import run_stage

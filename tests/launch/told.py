@@ -10,8 +10,9 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
+from launch.identity import plain
 from launch.metrics import JsonlTracker
-from launch.plan import load, plain
+from launch.plan import load
 from launch.record import RunFolder, append_line, write_json
 from tests.launch.chain import write
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from data.spec import DataSpec
 from launch import handoff
-from launch.plan import identity_of, plain
+from launch.identity import identity_of, plain
 from launch.record import RunFolder
 from launch.spec import ExperimentSpec
 from launch.stage import _model

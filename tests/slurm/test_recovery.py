@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from launch.plan import plain
+from launch.identity import plain
 from launch.record import RunFolder, read_lines, write_json
 from launch.script import script
 from launch.spec import ClusterSpec, Duration, ExperimentSpec
