@@ -15,6 +15,7 @@ from moe.generate import answer
 from moe.interchange import open_checkpoint, run_spec
 from moe.parallel import Groups
 from moe.pictures import draw, shares
+from moe.storage import CheckpointError, describe, found
 from moe.vlm import VLM
 
 
@@ -23,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="moe/generate.py", description="Ask a trained model about images.", allow_abbrev=False
     )
-    parser.add_argument("checkpoint", type=Path, help="a checkpoint folder inside its run folder")
+    parser.add_argument("checkpoint", type=Path, help="a run folder, or one checkpoint in it")
     parser.add_argument("question", nargs="?", help="left out: a conversation, ended by an empty line")
     parser.add_argument("--image", type=Path, action="append", default=[], help="may be given several times")
     parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
@@ -33,10 +34,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     given = parser.parse_intermixed_args(arguments)  # options may stand before the question
     try:
+        given.checkpoint = newest(given.checkpoint)
         return _converse(given)
     except (ValueError, RuntimeError, OSError) as wrong:
         print(f"error: {wrong}", file=sys.stderr)
         return 2
+
+
+def newest(path: Path) -> Path:
+    """The newest complete checkpoint of a run folder; any other folder as it is. ValueError where it has none."""
+    if not (path / "spec.json").is_file():
+        return path
+    for checkpoint in found(path / "checkpoints"):
+        try:
+            describe(checkpoint.path)
+        except CheckpointError:
+            continue  # being written, or torn
+        return checkpoint.path
+    raise ValueError(f"{path} has no complete checkpoint; runs.py status says how far the run is")
 
 
 def _converse(given: argparse.Namespace) -> int:

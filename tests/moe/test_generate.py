@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict
@@ -171,6 +172,21 @@ def test_the_command_answers_a_question(
         assert generate.main([str(checkpoint), *images, *options, "What is this?"]) == 0
     assert (tmp_path / "routing.png").stat().st_size > 1000
     assert capsys.readouterr().err == ""
+
+
+def test_a_run_folder_stands_for_its_newest_complete_checkpoint(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(checkpoint.parents[1], run)
+    torn = run / "checkpoints" / "step_00000002"
+    shutil.copytree(run / "checkpoints" / checkpoint.name, torn)
+    (torn / "COMPLETE").unlink()
+    assert generate.main([str(run), "--max-new-tokens", "2", "What?"]) == 0
+    shutil.rmtree(run / "checkpoints" / checkpoint.name)
+    capsys.readouterr()
+    assert generate.main([str(run), "What?"]) == 2
+    assert "run has no complete checkpoint; runs.py status says how far" in capsys.readouterr().err
 
 
 def test_the_file_runs_as_a_command_from_anywhere(checkpoint: Path, tmp_path: Path) -> None:
