@@ -6,6 +6,7 @@ import io
 import os
 import shutil
 import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path, PurePosixPath
@@ -183,7 +184,14 @@ def _copy(archive: zipfile.ZipFile, info: zipfile.ZipInfo, target: Path) -> None
         with archive.open(info) as source, partial.open("wb") as file:
             shutil.copyfileobj(source, file, COPY)
         os.replace(partial, target)
-    except (zipfile.BadZipFile, EOFError, NotImplementedError) as error:
+    except (zipfile.BadZipFile, EOFError, zlib.error) as error:
         raise ArchiveError(f"{info.filename}: damaged in the archive ({error}); download it again") from None
+    except (
+        NotImplementedError,
+        RuntimeError,
+    ) as error:  # zipfile's, for a compression or a lock it does not know
+        raise ArchiveError(
+            f"{info.filename}: Python cannot unpack it ({error}); unpack the archive with 7z, into the same folder"
+        ) from None
     finally:
         partial.unlink(missing_ok=True)

@@ -98,6 +98,14 @@ def test_what_cannot_be_unpacked_is_told(tmp_path: Path, monkeypatch: pytest.Mon
     (tmp_path / "x.zip").write_bytes(whole.replace(b"aaaa", b"aaab", 1))
     with pytest.raises(ArchiveError, match=r"x/a\.jpg: damaged in the archive .*; download it again"):
         unpack(dataset, tmp_path, root)
+    for field in ((8, 10, b"\x09\x00"), (6, 8, b"\x01\x00")):  # deflate64; locked by a password
+        strange = bytearray(whole)
+        for head, shift in ((b"PK\x03\x04", 0), (b"PK\x01\x02", 2)):
+            at = strange.index(head) + shift
+            strange[at + field[0] : at + field[1]] = field[2]
+        (tmp_path / "x.zip").write_bytes(strange)
+        with pytest.raises(ArchiveError, match=r"x/a\.jpg: Python cannot unpack it .*; unpack .* with 7z"):
+            unpack(dataset, tmp_path, root)
     (tmp_path / "x.zip").write_bytes(zipped({"../evil.jpg": b"a"}))
     with pytest.raises(ArchiveError, match="would write outside"):
         unpack(dataset, tmp_path, root)
