@@ -11,8 +11,9 @@ from pathlib import Path
 
 from launch import snapshot, submission
 from launch.cluster import SlurmError, jobs
+from launch.conflicts import clashes, unfit
 from launch.exits import FAILED, INTERRUPTED, NO_SLURM, OK, REFUSED, USAGE
-from launch.plan import EXPERIMENTS, Plan, Run, StagePlan, clashes, make, runs_folder
+from launch.plan import EXPERIMENTS, Plan, Run, StagePlan, make, runs_folder
 from launch.reader import SpecError
 from launch.status import State
 from moe.stages import STAGES
@@ -76,7 +77,7 @@ def _main(arguments: Sequence[str] | None) -> int:
         if options.explain:
             explain(plan)
             return OK
-        if faults := tuple(clashes(plan)):
+        if faults := tuple(clashes(plan)) or tuple(unfit(plan)):
             raise SpecError(faults)
     except SpecError as error:
         print(error, file=sys.stderr)

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from launch.identity import EVERYWHERE, digest, identity_of, plain
+from launch.identity import EVERYWHERE, digest, plain
 from launch.origin import SCHEMES, Origin, OriginError, resolve
 from launch.reader import Fault, Layers, Place, SpecError
-from launch.record import RunFolder, read_json
+from launch.record import RunFolder
 from launch.snapshot import REPOSITORY
 from launch.spec import ExperimentSpec
 from moe.stages import STAGES
@@ -209,32 +208,6 @@ def make(file: Path, overrides: Sequence[str] = (), *, first: str = "", last: st
 def runs_folder(spec: ExperimentSpec) -> Path:
     """The folder of run folders; a relative one lies in the repository, whatever the current folder is."""
     return REPOSITORY / Path(spec.runs).expanduser()
-
-
-def clashes(plan: Plan) -> Iterator[Fault]:
-    """Runs whose folder holds another run: same name, other identity."""
-    for stage in plan.stages:
-        for run in stage.runs:
-            found = run.folder.run
-            if not found or found.get("identity") == run.identity:
-                continue
-            before = identity_of(read_json(run.folder.spec_file) or {"stage": run.spec.stage})
-            now = identity_of(run.settings)
-            changes = [
-                f"{key} was {json.dumps(before.get(key))}, is {json.dumps(now.get(key))}"
-                for key in sorted(before.keys() | now.keys())
-                if before.get(key) != now.get(key)
-            ]
-            why = "; ".join(changes) or "the run it starts from is another"
-            place = None
-            if changes:
-                key = min(key for key in now if before.get(key) != now.get(key)) if now else ""
-                place = stage.experiment.layers.origin(key) if key else None
-            yield Fault(
-                place,
-                f"{run.folder.path} holds another run: {why}",
-                f"give this one a name of its own (name={run.experiment}_2), or remove the folder",
-            )
 
 
 def _scoped(text: str) -> tuple[str, str]:

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from launch import identity
+from launch.conflicts import clashes
 from launch.identity import plain
-from launch.plan import clashes, make
+from launch.plan import make
 from launch.reader import SpecError
 from launch.record import write_json
 from tests.launch import chain
