@@ -16,7 +16,7 @@ test: $(VENV)/dev debian
 	$(BIN)/python -m pytest $(ARGS)
 
 # More than a hundred faults on a private SLURM, and what comes of it compared to the bit; half an hour and more.
-chaos: $(VENV)/dev slurm
+chaos: $(VENV)/dev debian
 	$(BIN)/python -m tests.chaos.main $(ARGS)
 
 lint: $(VENV)/dev
