@@ -186,10 +186,7 @@ def _copy(archive: zipfile.ZipFile, info: zipfile.ZipInfo, target: Path) -> None
         os.replace(partial, target)
     except (zipfile.BadZipFile, EOFError, zlib.error) as error:
         raise ArchiveError(f"{info.filename}: damaged in the archive ({error}); download it again") from None
-    except (
-        NotImplementedError,
-        RuntimeError,
-    ) as error:  # zipfile's, for a compression or a lock it does not know
+    except RuntimeError as error:  # zipfile's, for a compression or a lock that it does not know
         raise ArchiveError(
             f"{info.filename}: Python cannot unpack it ({error}); unpack the archive with 7z, into the same folder"
         ) from None
