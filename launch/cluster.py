@@ -113,6 +113,11 @@ def jobs() -> dict[str, Job]:
     return found
 
 
+def array_of(token: str, queue: Mapping[str, Job]) -> str:
+    """The array whose comment is a batch's token, by which it is known where sbatch's answer was lost; or empty."""
+    return next((job.id.partition("_")[0] for job in queue.values() if token and job.comment == token), "")
+
+
 def show(job: str) -> dict[str, str]:
     """`scontrol show job` as a mapping; raises SlurmError."""
     return fields(call("scontrol", "-o", "show", "job", job, timeout=20))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launch.cluster import ACTIVE, Job
+from launch.cluster import ACTIVE, Job, array_of
 from launch.record import RunFolder, read_json
 from launch.survey import Facts
 
@@ -133,8 +133,7 @@ def _judge(facts: Facts, queue: Mapping[str, Job] | None, batches: Batches) -> t
 def job_of(batch: Mapping[str, Any], queue: Mapping[str, Job] | None) -> str:
     """The batch's array; found by its token where its submitter died before it had SLURM's answer."""
     if batch.get("state") == "intent":
-        token = batch.get("token")
-        return next((j.id.partition("_")[0] for j in (queue or {}).values() if j.comment == token), "")
+        return array_of(str(batch.get("token", "")), queue or {})
     return str(batch.get("job", ""))
 
 

@@ -145,10 +145,9 @@ def send(batch: Batch, lock: int) -> str:
         for wait in (1, 4):
             time.sleep(wait)
             try:
-                found = {j.id.partition("_")[0] for j in cluster.jobs().values() if j.comment == batch.token}
+                job = cluster.array_of(batch.token, cluster.jobs())
             except cluster.SlurmError:
                 continue
-            job = next(iter(found), "")
             break
         if not job and UNSURE.search(said):
             # The request may still be under way. The intent stays, and whoever submits next looks for the job again.

@@ -61,10 +61,9 @@ def submit(batch: Path, element: str, *options: str) -> str:
 def _found(token: str) -> str:
     """The array of this token, if SLURM has one."""
     try:
-        jobs = cluster.jobs().values()
+        return cluster.array_of(token, cluster.jobs())
     except cluster.SlurmError:
         return ""
-    return next((job.id.partition("_")[0] for job in jobs if job.comment == token), "")
 
 
 def moved(dependency: str, waiting: str, old: str, new: str) -> str:
