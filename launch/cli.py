@@ -13,9 +13,9 @@ from launch import snapshot, submission
 from launch.cluster import SlurmError, jobs
 from launch.conflicts import clashes, unfit
 from launch.exits import FAILED, INTERRUPTED, NO_SLURM, OK, REFUSED, USAGE
+from launch.operating.status import State
 from launch.plan import EXPERIMENTS, Plan, Run, StagePlan, make, runs_folder
 from launch.reader import SpecError
-from launch.status import State
 from moe.stages import STAGES
 
 

@@ -17,12 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launch.causes import kind
 from launch.preemption import Preemption
-from launch.pulse import Pulse
 from launch.record import RunFolder, read_json, write_json
+from launch.recovery.causes import kind
+from launch.recovery.pulse import Pulse
+from launch.recovery.watch import DUMP, Limits
 from launch.redact import environment_secrets, redact_text
-from launch.watch import DUMP, Limits
 
 EXIT_ERROR = 1
 

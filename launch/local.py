@@ -19,15 +19,15 @@ from types import FrameType
 import submitit
 from submitit.local.local import start_controller
 
-from launch.findings import comes_back, first_line, held, of_attempt
+from launch.operating.status import alive, batch_of, children, started, state_of
 from launch.plan import Plan, Run, runs_folder
 from launch.progress import Progress
-from launch.pulse import beats
 from launch.record import read_json, write_json
-from launch.status import alive, batch_of, children, started, state_of
+from launch.recovery.findings import comes_back, first_line, held, of_attempt
+from launch.recovery.pulse import beats
+from launch.recovery.watch import DUMP, Limits, Watch, note
 from launch.submission import Batch, host, locked, prepare, token_of
 from launch.verdict import speak
-from launch.watch import DUMP, Limits, Watch, note
 
 
 class LocalError(Exception):

@@ -4,7 +4,8 @@
     hub:NAME or hub:/a/folder                    a dense model with a projector, as Hugging Face folders hold it
 
 It is resolved while the plan is made, to a digest that run.json keeps; an alias that moves later changes
-nothing for a run that is planned already. wandb and the hub's client are asked by launch.fetch, a process of its own.
+nothing for a run that is planned already. wandb and the hub's client are asked by launch.online.fetch, a process
+of its own.
 """
 
 from __future__ import annotations
@@ -178,14 +179,14 @@ def check_hub(folder: RunFolder, handoff: Mapping[str, Any], *, digests: bool) -
 
 
 def _fetch(what: str, place: str) -> dict[str, Any]:
-    """Ask launch.fetch; raises OriginError with its words."""
+    """Ask launch.online.fetch; raises OriginError with its words."""
     from launch.tracking import environment
 
     with tempfile.TemporaryDirectory() as folder:
         keep = {name: os.environ[name] for name in ("HF_TOKEN", "HF_HOME") if name in os.environ}
         try:
             done = subprocess.run(
-                [sys.executable, "-m", "launch.fetch", what, place],
+                [sys.executable, "-m", "launch.online.fetch", what, place],
                 cwd=REPOSITORY,
                 env=environment(Path(folder)) | (keep if what == "hub" else {}),
                 capture_output=True,

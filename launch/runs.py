@@ -7,6 +7,6 @@ if __name__ == "__main__":
     # As in launch/submit.py: this checkout's packages, whatever else is installed.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-    from launch.operate import main
+    from launch.operating.verbs import main
 
     sys.exit(main())

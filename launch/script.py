@@ -84,7 +84,7 @@ def script(
             f"cd {shlex.quote(str(code))}",
             *(f"export {key}={shlex.quote(value)}" for key, value in sorted(cluster.env.items())),
             *cluster.setup,
-            f"{python} -m launch.watch {shlex.quote(str(batch))} & watch=$!",
+            f"{python} -m launch.recovery.watch {shlex.quote(str(batch))} & watch=$!",
             "export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}  # srun no longer takes it over by itself",
         ],
         srun_args=["--kill-on-bad-exit=1", "--wait=120", "--mpi=none", "--cpu-bind=none"],

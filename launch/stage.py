@@ -15,16 +15,16 @@ from data.conversation import tokenizer_faults
 from data.images import ImageFormat
 from data.loader import Loader, texts
 from launch import handoff, sampler, tracking
-from launch.deadline import Deadline
 from launch.evaluate import evaluate
 from launch.identity import plain
 from launch.job import Place
 from launch.meter import Meter
-from launch.orders import Orders
+from launch.online.orders import Orders
 from launch.preemption import Preemption
-from launch.pulse import Pulse
 from launch.reader import Layers
 from launch.record import RunFolder, read_json, write_json
+from launch.recovery.deadline import Deadline
+from launch.recovery.pulse import Pulse
 from launch.rendezvous import meet
 from launch.spec import ExperimentSpec
 from moe import backbones, lora, vlm

@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launch import arrays, cluster, script
+from launch.operating.status import OPEN, State, batch_of, state_of
 from launch.plan import Plan, Run, StagePlan, runs_folder
 from launch.record import append_line, flush_all, read_json, write_json, write_text
-from launch.status import OPEN, State, batch_of, state_of
 
 # What sbatch says when it has not heard, rather than been refused.
 UNSURE = re.compile(

@@ -1,7 +1,7 @@
 """Where a run's numbers, tables and checkpoints are recorded: metrics.jsonl always, W&B when it can be had.
 
 W&B follows the run folder. The trainer only writes files: rows to metrics.jsonl, everything else W&B is to
-hold to wandb/wanted.jsonl. A process of its own (launch/mirror.py) reads them and talks to W&B, so that no
+hold to wandb/wanted.jsonl. A process of its own (launch/online/mirror.py) reads them and talks to W&B, so that no
 outage, full pipe or hanging client can hold up a step, and what W&B did not take is still there for the next
 attempt or the syncer.
 """
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.metrics import JsonlTracker, NoTracker
-from launch.online import ORDERS
+from launch.online.reach import ORDERS
 from launch.record import append_line, write_json
 from launch.redact import environment_secrets, redact, redact_text, secret_name
 from launch.spec import WandbSpec
@@ -100,7 +100,7 @@ class WandbTracker(NoTracker):
     `folder` is the run folder. Rows are read from its metrics.jsonl, so a JsonlTracker must write that file.
     """
 
-    command = (sys.executable, "-m", "launch.mirror")
+    command = (sys.executable, "-m", "launch.online.mirror")
 
     def __init__(
         self,

@@ -15,11 +15,12 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from launch import avoid, cluster, successor
-from launch.causes import CAUSES
-from launch.findings import Finding, comes_back, delay, first_line, fruitless, held, of_attempt
-from launch.pulse import beats
+from launch import cluster
 from launch.record import RunFolder, read_json
+from launch.recovery import avoid, successor
+from launch.recovery.causes import CAUSES
+from launch.recovery.findings import Finding, comes_back, delay, first_line, fruitless, held, of_attempt
+from launch.recovery.pulse import beats
 
 
 def speak(folder: RunFolder, attempt: str, found: Finding, *, again: bool, **more: object) -> None:

@@ -20,13 +20,13 @@ ARROWS = {"launch": {"launch", "moe", "data"}, "moe": {"moe"}, "data": {"data"}}
 DOORS = {"launch.submit", "launch.runs", "data.prepare", "data.demo"}
 # Each library's own rooms; the rest of the code goes through these.
 HOMES = {
-    "wandb": {"launch/session.py", "launch/panels.py"},
-    "wandb_workspaces": {"launch/panels.py"},
+    "wandb": {"launch/online/session.py", "launch/online/panels.py"},
+    "wandb_workspaces": {"launch/online/panels.py"},
     "submitit": {"launch/script.py", "launch/local.py"},
     "tutel": {"moe/dispatch.py"},
     "peft": {"moe/lora.py"},
-    "yaml": {"launch/reader.py", "launch/text.py", "launch/nodes.py", "launch/faults.py"},
-    "matplotlib": {"launch/report.py", "launch/pages.py", "moe/pictures.py"},
+    "yaml": {"launch/nodes.py"},
+    "matplotlib": {"launch/report.py", "moe/pictures.py"},
 }
 # Read on a login node, where there may be no torch.
 LIGHT = (
@@ -41,9 +41,9 @@ LIGHT = (
 COMPUTE = {
     "launch/stage.py",
     "launch/tracking.py",
-    "launch/mirror.py",
-    "launch/session.py",
-    "launch/panels.py",
+    "launch/online/mirror.py",
+    "launch/online/session.py",
+    "launch/online/panels.py",
     "launch/ask.py",
     "launch/evaluate.py",
     "launch/routing.py",
@@ -114,7 +114,7 @@ def test_launch_has_no_module_named_as_one_of_the_standard_library() -> None:
 def test_submitting_loads_no_torch_and_no_wandb() -> None:
     code = """
 import sys
-import launch.cli, launch.operate, launch.local, launch.verdict, launch.job, launch.handoff
+import launch.cli, launch.operating.verbs, launch.local, launch.verdict, launch.job, launch.handoff
 heavy = {'torch', 'transformers', 'wandb', 'deepspeed', 'numpy', 'matplotlib', 'PIL'} & set(sys.modules)
 print(' '.join(sorted(heavy)))
 """
@@ -127,7 +127,13 @@ print(' '.join(sorted(heavy)))
 def test_compute_files_are_imported_lazily_on_the_login_node(path: Path) -> None:
     if not name(path).startswith("launch/") or name(path) in COMPUTE:
         return
-    heavy = {"launch.stage", "launch.tracking", "launch.evaluate", "launch.rendezvous", "launch.session"}
+    heavy = {
+        "launch.stage",
+        "launch.tracking",
+        "launch.evaluate",
+        "launch.rendezvous",
+        "launch.online.session",
+    }
     heavy |= {"torch", "wandb"}
     assert not heavy & set(imports(path, top_only=True))
 

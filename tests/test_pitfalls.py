@@ -26,7 +26,7 @@ def names_in(file: Path) -> set[str]:
 
 @cache
 def facts() -> str:
-    return (TESTS.parent / "launch" / "consequences.py").read_text()
+    return (TESTS.parent / "launch" / "operating" / "consequences.py").read_text()
 
 
 def fault(shown: str) -> str:

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field
 
-from launch.status import BROKEN
+from launch.operating.status import BROKEN
 from tests.chaos.events import Chaos, Kind, Target
 from tests.chaos.world import World
 from tests.slurm.daemons import SlurmError

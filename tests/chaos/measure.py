@@ -1,6 +1,6 @@
 """What the chaos cost: steps lost by each kind of fault, where the time went, and what a model of goodput says.
 
-The model is that of launch.ledger's words: of the allocated time, saves cost their share, and each fault that ends
+The model is that of the ledger's words: of the allocated time, saves cost their share, and each fault that ends
 an attempt costs the restart, and half an interval where nothing was saved on a warning. (Young, Comm. ACM 17, 1974;
 the interval is the save's own.)
 """
@@ -13,9 +13,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from launch import ledger
+from launch.operating import ledger
+from launch.operating.status import State
 from launch.record import RunFolder, read_lines
-from launch.status import State
 from tests.chaos.drive import Event, Story
 from tests.chaos.world import World, outcome
 

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from launch import avoid
-from launch.causes import CAUSES, TOGETHER, kind
 from launch.cluster import Job
-from launch.findings import Finding, comes_back, delay, held, of_attempt
-from launch.pulse import Pulse
-from launch.reasons import VERDICTS
+from launch.operating.reasons import VERDICTS
+from launch.operating.status import judge
+from launch.operating.survey import Facts
 from launch.record import RunFolder, append_line, read_lines, write_json
-from launch.status import judge
-from launch.survey import Facts
+from launch.recovery import avoid
+from launch.recovery.causes import CAUSES, TOGETHER, kind
+from launch.recovery.findings import Finding, comes_back, delay, held, of_attempt
+from launch.recovery.pulse import Pulse
 from launch.verdict import judged, progress, speak
 from moe.storage import CheckpointError
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from launch import compare
 from launch.identity import FREE, plain
+from launch.operating import compare
 from launch.plan import load, make
 from launch.record import write_json
 from tests.launch import chain

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.operate import main
+from launch.operating.verbs import main
 from launch.record import RunFolder, write_json
 from tests.launch import tracked
 from tests.launch.told import digest, experiments

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from launch import cluster
-from launch.deadline import MARGIN, SLACK, Deadline, needed, save_seconds
-from launch.margins import saves
+from launch.operating.settings import Partition, Site
 from launch.record import RunFolder, read_json, write_json
-from launch.settings import Partition, Site
-from launch.successor import moved, place_of, submit, take_over
+from launch.recovery.deadline import MARGIN, SLACK, Deadline, needed, save_seconds
+from launch.recovery.margins import saves
+from launch.recovery.successor import moved, place_of, submit, take_over
 from tests.launch import chain
 
 INF = float("inf")

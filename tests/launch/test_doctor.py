@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from launch import settings
+from launch.operating import settings
 from launch.plan import make
 from launch.reader import Layers
 from launch.spec import ClusterSpec

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from launch.pulse import beats
 from launch.record import RunFolder, read_lines
+from launch.recovery.pulse import beats
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 12

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from launch.operating.status import alive, batch_of
 from launch.record import RunFolder, read_lines
-from launch.status import alive, batch_of
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 60

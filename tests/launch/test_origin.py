@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from launch import handoff, origin
-from launch.again import _read
 from launch.handoff import HandoffError
 from launch.identity import plain
+from launch.operating.again import _read
 from launch.origin import Origin, OriginError
 from launch.plan import make
 from launch.reader import SpecError

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from launch import page_chart
-from launch.operate import main
-from launch.page_facts import CELLS, Curves
-from launch.page_style import THEMES, sheet
+from launch.operating.verbs import main
+from launch.page import chart
+from launch.page.facts import CELLS, Curves
+from launch.page.style import THEMES, sheet
 from launch.record import RunFolder, write_json
 from tests.browser import Browser, browser
 from tests.launch.told import BEGAN, digest, experiments
@@ -190,7 +190,7 @@ def test_a_chain_that_starts_from_elsewhere_names_what_it_starts_from(tmp_path: 
 
 def test_the_page_needs_no_torch_and_no_matplotlib(root: Path, tmp_path: Path) -> None:
     code = (
-        "import sys; from launch.operate import main; main(sys.argv[1:]);"
+        "import sys; from launch.operating.verbs import main; main(sys.argv[1:]);"
         "print([m for m in ('torch', 'matplotlib', 'numpy', 'wandb') if m in sys.modules])"
     )
     command = [
@@ -234,16 +234,16 @@ def test_a_long_run_is_binned_and_nothing_of_it_is_lost() -> None:
      (12_500, "12.5k"), (3.1e6, "3.1M"), (2e14, "200T"), (-0.5, "-0.5")],
 )  # fmt: skip
 def test_numbers_on_an_axis_are_short(value: float, words: str) -> None:
-    assert page_chart.plain(value) == words
+    assert chart.plain(value) == words
 
 
 @pytest.mark.parametrize(("low", "high"), [(0, 1), (0.37, 0.41), (0, 12345), (-3, 7), (1e-6, 2e-5)])
 def test_an_axis_has_a_few_round_numbers_inside(low: float, high: float) -> None:
-    found = page_chart.ticks(low, high)
+    found = chart.ticks(low, high)
     assert 2 <= len(found) <= 7
     assert all(low - 1e-9 <= value <= high * (1 + 1e-9) for value in found)
-    assert page_chart.powers(0.5, 800) == [1, 10, 100]
-    assert page_chart.powers(0.3, 0.9) == pytest.approx([0.5])
+    assert chart.powers(0.5, 800) == [1, 10, 100]
+    assert chart.powers(0.3, 0.9) == pytest.approx([0.5])
 
 
 # ---- colours

@@ -13,7 +13,7 @@ import pytest
 
 from launch import submit  # noqa: F401  only to have it checked that importing the door changes nothing
 from launch.job import Place, StageJob
-from launch.operate import main as operate
+from launch.operating.verbs import main as operate
 from launch.plan import make
 from launch.reader import SpecError
 from launch.record import RunFolder

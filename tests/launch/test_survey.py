@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from launch import survey
+from launch.operating import survey
+from launch.operating.survey import Facts
 from launch.record import RunFolder, find_runs, newest_lines, write_json
-from launch.survey import Facts
 
 
 def sweep(root: Path, count: int) -> list[RunFolder]:

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from launch import online, segments, sync
 from launch.metrics import NoTracker
+from launch.online import reach, segments, sync
 from tests.launch import tracked
 from tests.launch.tracked import RUN, hurried, is_online, kill_mirror, log, start, steps, wait
 from tests.wandb_server import Fault, Run, WandbServer
@@ -21,7 +21,7 @@ server, folder = tracked.server, tracked.folder
 @pytest.fixture(autouse=True)
 def _hurried(monkeypatch: pytest.MonkeyPatch) -> None:
     hurried(monkeypatch, FLUSH_SECONDS=0.2, TICK_SECONDS=0.1, LAG_SECONDS=0)
-    script = "import sys, launch.sync as s, launch.session as t; t.LAG_SECONDS = 0; s.main(sys.argv[1:])"
+    script = "import sys, launch.online.sync as s, launch.online.session as t; t.LAG_SECONDS = 0; s.main(sys.argv[1:])"
     monkeypatch.setattr(sync, "COMMAND", (sys.executable, "-c", script))
 
 
@@ -69,7 +69,7 @@ def test_three_segments_two_of_them_killed_become_one_run(server: WandbServer, f
     held = [segments.scan(path) for path in segments.find(folder)]
     assert [(s.first, s.last, s.closed) for s in held] == [(1, 14, False), (15, 27, False), (28, 35, True)]
 
-    with online.Lock(folder):
+    with reach.Lock(folder):
         assert go(folder)["notes"] == ["another syncer is at this run"]
     assert not server.runs
     report = go(folder)

@@ -14,17 +14,17 @@ import deepspeed  # noqa: F401  before ranks are forked: each would import it an
 import pytest
 
 from launch import tracking
-from launch.findings import comes_back, of_attempt
 from launch.identity import plain
 from launch.job import Place
 from launch.metrics import NoTracker
-from launch.operate import main
-from launch.orders import Orders
+from launch.online.orders import Orders
+from launch.operating.status import state_of
+from launch.operating.verbs import main
 from launch.plan import EXPERIMENTS, Run, make
-from launch.pulse import Pulse
 from launch.record import RunFolder, write_json
+from launch.recovery.findings import comes_back, of_attempt
+from launch.recovery.pulse import Pulse
 from launch.stage import run_stage
-from launch.status import state_of
 from launch.verdict import judged, requested, speak
 from tests.launch import tracked
 from tests.launch.tracked import hurried, is_online, wait

@@ -19,8 +19,9 @@ from typing import Any
 
 import pytest
 
-from launch import mirror, online, redact, segments, tracking
+from launch import redact, tracking
 from launch.metrics import JsonlTracker, Reader, loads, rows, scalars
+from launch.online import mirror, reach, segments
 from launch.spec import WandbSpec
 from launch.tracking import Trackers, WandbTracker, trackers
 from tests.launch import tracked
@@ -486,9 +487,7 @@ def test_a_handoff_is_found_by_its_artifact_s_name(
     }
     tracker.publish_handoff(handoff)
     tracker.finish("finished")
-    script = (
-        "from launch.session import fetch_handoff as f; import json, sys; print(json.dumps(f(sys.argv[1])))"
-    )
+    script = "from launch.online.session import fetch_handoff as f; import json, sys; print(json.dumps(f(sys.argv[1])))"
     place = "team/moe-vlm/checkpoint-demo-align:latest"
     done = subprocess.run([sys.executable, "-c", script, place], cwd=ROOT, check=True, capture_output=True)
     assert json.loads(done.stdout) == handoff | {"folder": str(folder)}
@@ -513,14 +512,14 @@ def test_offline_when_there_is_no_account(
 def test_an_account_is_a_key_or_a_line_in_netrc(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    assert not online.account("https://api.wandb.ai")
+    assert not reach.account("https://api.wandb.ai")
     (tmp_path / "netrc").write_text("machine api.wandb.ai login user password x\n")
-    assert online.account("https://api.wandb.ai")
-    assert not online.account("https://wandb.example.org")
+    assert reach.account("https://api.wandb.ai")
+    assert not reach.account("https://wandb.example.org")
     (tmp_path / "netrc").write_text("machine wandb.example.org:8080 login user password x\n")
-    assert online.account("http://wandb.example.org:8080")  # as `wandb login` writes it
+    assert reach.account("http://wandb.example.org:8080")  # as `wandb login` writes it
     monkeypatch.setenv("WANDB_API_KEY", "x")
-    assert online.account("https://wandb.example.org")
+    assert reach.account("https://wandb.example.org")
 
 
 @pytest.mark.parametrize(

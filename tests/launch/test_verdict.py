@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from launch import verdict
-from launch.findings import Finding, comes_back, of_attempt
 from launch.record import RunFolder, write_json, write_text
+from launch.recovery.findings import Finding, comes_back, of_attempt
 
 
 def failed(folder: RunFolder, rank: int, message: str, time: float, kind: str = "error") -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from launch.pulse import Beat, Pulse, beats
-from launch.watch import Limits, Silence, Watch
+from launch.recovery.pulse import Beat, Pulse, beats
+from launch.recovery.watch import Limits, Silence, Watch
 
 
 def beat(rank: int, phase: str, step: int, count: int, alive: int, slowest: float = 0.1) -> Beat:

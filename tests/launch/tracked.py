@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from launch import session
 from launch.metrics import NoTracker
+from launch.online import session
 from launch.spec import WandbSpec
 from launch.tracking import Trackers, WandbTracker, trackers
 from tests.wandb_server import WandbServer
@@ -42,9 +42,9 @@ def folder(tmp_path: Path) -> Path:
 
 
 def hurried(monkeypatch: pytest.MonkeyPatch, **seconds: float) -> None:
-    """Shorten the mirror's waits; of launch.mirror and launch.session, by name."""
+    """Shorten the mirror's waits; of launch.online.mirror and launch.online.session, by name."""
     lines = [f"{'t' if hasattr(session, name) else 'm'}.{name} = {value}" for name, value in seconds.items()]
-    script = f"import launch.mirror as m, launch.session as t; {'; '.join(lines)}; m.main()"
+    script = f"import launch.online.mirror as m, launch.online.session as t; {'; '.join(lines)}; m.main()"
     monkeypatch.setattr(WandbTracker, "command", (sys.executable, "-c", script))
 
 

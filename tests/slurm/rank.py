@@ -16,8 +16,8 @@ from collections.abc import Callable
 from typing import Any
 
 from launch import job
-from launch.deadline import ends
 from launch.record import RunFolder
+from launch.recovery.deadline import ends
 
 STEP = 0.02  # seconds
 

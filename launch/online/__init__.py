@@ -1,0 +1,1 @@
+"""The way from a run's folder to W&B, and back: mirror, sync, dashboards, tags, artifacts."""
