@@ -2,8 +2,8 @@
 
 `python -m launch.recovery.watch BATCH &`, started by the batch script before srun: outside the ranks, for a rank
 that stands still cannot say so, and those that wait for it know nothing. What is too long is learned from the run: ten
-times its slowest step of late, and never under `cluster.hang_after`. Time in which the watch itself did not run (a suspended
-job, a file system that hung) does not count.
+times its slowest step of late, and never under `cluster.hang_after`. Time in which the watch itself did not run (a
+suspended job, a file system that hung) does not count.
 """
 
 from __future__ import annotations
