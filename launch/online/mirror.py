@@ -13,11 +13,13 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from launch import sampler
 from launch.metrics import Reader
+from launch.online import orders
 from launch.online import session as client
 from launch.online.reach import Lock, account, reachable
 from launch.online.sync import delivered
@@ -59,6 +61,7 @@ class Mirror:
     def live(self) -> None:
         """Follow the trainer until it ends."""
         self.wait_for_predecessor()
+        self.tell(orders.kept(RunFolder(self.folder)))
         while True:
             self.work()
             outcome = listen(TICK_SECONDS)
@@ -167,11 +170,15 @@ class Mirror:
             return
         self._next_orders = time.monotonic() + ORDERS_SECONDS
         try:
-            for order in client.take_orders(self.job):
-                self.say(f"asked to {order}")
-                print(order, flush=True)
+            self.tell(client.take_orders(self.job, lambda found: orders.keep(RunFolder(self.folder), found)))
         except Exception as error:
             self.say(f"no answer about tags: {type(error).__name__}: {error}")
+
+    def tell(self, asked: Iterable[str]) -> None:
+        """Pass orders on to the trainer."""
+        for order in asked:
+            self.say(f"asked to {order}")
+            print(order, flush=True)
 
     def check(self) -> None:
         """Open the run anew when the server has stopped taking rows, which the client says nowhere."""

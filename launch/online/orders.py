@@ -1,17 +1,20 @@
 """What people ask of a run by a tag on its W&B page, obeyed where a checkpoint is due: stop-after-save and requeue.
 
-The mirror takes a tag off the page as it passes it on, so that the next attempt does not obey it again. Whoever may
-edit the run's page may end it; the journal, and so status and explain, say that a tag did it.
+The mirror takes a tag off the page as it passes it on, so that the next attempt does not obey it again. What was
+taken is kept in the run folder until it is obeyed: an attempt that is killed before its save leaves the order to the
+next one. Whoever may edit the run's page may end it; the journal, and so status and explain, say that a tag did it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
 
 from launch.metrics import NoTracker
-from launch.record import RunFolder
+from launch.record import RunFolder, read_json, write_json
 
 EVENTS = {"stop-after-save": "cancelled", "requeue": "requeued"}  # the first that is asked for counts
+KEPT = "wandb/orders.json"
 
 
 class Orders:
@@ -46,3 +49,17 @@ class Orders:
         """Write down who ended the attempt, for the verdict; when the save is done."""
         if self.obeyed:
             folder.note(EVENTS[self.obeyed], by=f"the W&B tag {self.obeyed}")
+            (folder.path / KEPT).unlink(missing_ok=True)
+
+
+def keep(folder: RunFolder, orders: Iterable[str]) -> None:
+    """Write down what a tag asks for, until it is obeyed."""
+    write_json(folder.path / KEPT, {"orders": sorted(orders), "time": time.time()})
+
+
+def kept(folder: RunFolder) -> list[str]:
+    """What tags asked for and no attempt has obeyed; nothing of before the run was last submitted."""
+    found, submitted = read_json(folder.path / KEPT), folder.last("submitting")
+    if found is None or (submitted is not None and submitted["time"] > found["time"]):
+        return []
+    return list(found["orders"])

@@ -10,7 +10,7 @@ import json
 import tempfile
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -213,14 +213,18 @@ def _ask(job: Mapping[str, Any]) -> OnServer:
         return OnServer(entity=entity)
 
 
-def take_orders(job: Mapping[str, Any]) -> set[str]:
-    """The orders among the run's tags; they are taken off the page, so that the next attempt does not obey again."""
+def take_orders(job: Mapping[str, Any], keep: Callable[[Iterable[str]], None]) -> set[str]:
+    """The orders among the run's tags; `keep` has them before they are taken off the page, so that none is lost.
+
+    They are taken off so that the next attempt does not obey again.
+    """
     import wandb
 
     api = wandb.Api(timeout=20)
     run = api.run(f"{job['entity'] or api.default_entity}/{job['project']}/{job['id']}")
     found = ORDERS & set(run.tags or ())
     if found:
+        keep(found)
         run.tags = [tag for tag in run.tags if tag not in found]
         run.update()
     return set(found)

@@ -22,6 +22,8 @@ import pytest
 from launch import redact, tracking
 from launch.metrics import JsonlTracker, Reader, loads, rows, scalars
 from launch.online import mirror, reach, segments
+from launch.online.orders import Orders, keep, kept
+from launch.record import RunFolder
 from launch.spec import WandbSpec
 from launch.tracking import Trackers, WandbTracker, trackers
 from tests.launch import tracked
@@ -417,7 +419,7 @@ def test_signals_of_the_cluster_leave_the_mirror_alone(server: WandbServer, fold
     assert server.runs["demo-align"].state == "preempted"
 
 
-def test_a_tag_on_the_page_reaches_the_trainer_once(
+def test_a_tag_on_the_page_reaches_attempts_until_one_obeys(
     server: WandbServer, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hurried(monkeypatch, ORDERS_SECONDS=0.2, TICK_SECONDS=0.1)
@@ -430,12 +432,27 @@ def test_a_tag_on_the_page_reaches_the_trainer_once(
     step = iter(range(3, 10000))
     wait(lambda: tracker.log(next(step), {"loss": 1.0}) or "stop-after-save" in tracker.asked())
     assert tracker.asked() == {"stop-after-save"}
-    tracker.finish("preempted")
-    later = start(folder, attempt=2, start_step=2)
-    log(later, 3, 4)
-    later.finish("finished")
+    tracker.finish("failed")  # killed before the save that would have obeyed
     assert sorted(server.runs["demo-align"].tags) == ["favourite", "small"]
-    assert later.asked() == frozenset()
+    later = start(folder, attempt=2, start_step=2)
+    wait(lambda: later.log(next(step), {"loss": 1.0}) or bool(later.asked()))
+    obeying = Orders(lambda: False, lambda doing, step: None, later, save_every=1)
+    assert obeying()
+    obeying.note(RunFolder(folder))
+    later.finish("preempted")
+    last = start(folder, attempt=3, start_step=next(step) - 1)
+    first = next(step)
+    log(last, first, first + 3)
+    last.finish("finished")
+    assert last.asked() == frozenset()
+
+
+def test_an_order_of_before_a_submission_counts_no_more(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    keep(folder, {"requeue"})
+    assert kept(folder) == ["requeue"]
+    folder.note("submitting", batch="b", index=0)
+    assert kept(folder) == []
 
 
 def test_artifacts_tables_and_summaries(server: WandbServer, folder: Path) -> None:
