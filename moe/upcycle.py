@@ -43,11 +43,22 @@ def sparse_layers(layers: str | tuple[int, ...], count: int) -> tuple[int, ...]:
 def upcycle(vlm: VLM, spec: MoESpec, groups: Groups, seed: int) -> None:
     """Replace FFNs in place, in the dtype they have; every rank calls it with equal arguments.
 
+    Under the rules `moe_llava` a model of attention `auto` goes on with SDPA.
+
     Gates are drawn from (seed, layer), equal on all ranks; each rank keeps its own experts only. Raises
     UpcycleError when layers, experts and ranks do not fit, DispatchError for a dispatcher not installed.
     """
     if vlm.moe is not None:
         raise UpcycleError("the model is sparse already; start the moe stage from a dense one")
+    if spec.rules == "moe_llava" and vlm.language.config._attn_implementation.startswith("flash"):
+        # See moe.vlm: to flash-attn padding is zeros, and under these rules padding is routed.
+        if vlm.spec.attention == "flash":
+            raise UpcycleError(
+                "moe.rules is moe_llava, under which padding is routed, and model.attention is flash, which "
+                "makes zeros of padding: experts would fill up with other tokens than the reference's; "
+                "set model.attention=auto or moe.rules=default"
+            )
+        vlm.language.set_attn_implementation("sdpa")
     layers = vlm.layers()
     chosen = sparse_layers(spec.layers, len(layers))
     numbers = (

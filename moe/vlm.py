@@ -4,10 +4,12 @@ Sequences leave the splice right-padded, so a causal language model never lets a
 no attention mask is passed (SDPA and flash-attn then take their fast causal kernels), except under the
 reference's routing rules, where padding is routed and its hidden states therefore matter.
 
-That is also what we take for the reason of the reference's warning that flash-attn degraded its models (README of
-MoE-LLaVA, its issue 25 and transformers' 28488 name no cause): given a padding mask, flash-attn leaves padded rows out
-and returns zeros for them, where eager attention and SDPA compute something. Those rows went on to the routers, which
-counted them, and gave them experts' capacity that real tokens then lost. Here padding is routed nowhere.
+The reference warns that flash-attn degraded its models (README of MoE-LLaVA, its issue 25). Two causes are known and
+shown in tests/moe/test_attention.py: transformers before 4.37 gave Phi's flash-attn a scale of 1 for 1 / sqrt(width of
+a head) (its issue 28488, pull request 28537; the reference's first release pins 4.36.2); and given a padding mask,
+flash-attn returns zeros for padded rows, where eager attention and SDPA compute something. Those rows went on to the
+routers, which gave them experts' capacity that real tokens then lost. Here padding is routed nowhere; under the
+reference's rules, which route it, the model goes on with SDPA (moe.upcycle).
 
 Shapes: B sequences, S positions, N images, P patches an image, D width.
 """

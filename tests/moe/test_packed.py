@@ -1,6 +1,6 @@
 """Samples packed into rows learn what they learn alone, in every language model and by every attention that runs here.
 
-flash-attn needs a GPU: its arguments are checked in test_vlm.py, its numbers are not.
+For flash-attn, which needs a GPU, see test_attention.py.
 """
 
 from __future__ import annotations

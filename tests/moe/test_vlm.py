@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
-from transformers import AttentionInterface, AttentionMaskInterface
 
 from moe import vlm as module
 from moe.stages import STAGES
@@ -80,38 +76,9 @@ def test_packed_samples_do_not_see_each_other(backbone: str, attention: str) -> 
     torch.testing.assert_close(found, alone.hidden[alone.mask], rtol=1e-4, atol=1e-5)
 
 
-def varlen(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **given: Any
-) -> tuple[Tensor, None]:
-    """flash-attn's contract, by SDPA: no mask, one row, cut where cu_seq_lens say."""
-    assert mask is None
-    assert len(query) == 1
-    sizes = given["cu_seq_lens_q"].diff().tolist()
-    assert max(sizes) == given["max_length_q"]
-    parts = [torch.split(t, sizes, dim=2) for t in (query, key, value)]
-    done = [
-        F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=given["scaling"], enable_gqa=True)
-        for q, k, v in zip(*parts, strict=True)
-    ]
-    return torch.cat(done, 2).transpose(1, 2).contiguous(), None
-
-
-@pytest.mark.parametrize("backbone", ["phi2", "qwen2", "llama"])
-def test_packed_samples_reach_flash_attention_by_their_ends(backbone: str) -> None:
-    AttentionInterface.register("flash_by_sdpa", varlen)
-    AttentionMaskInterface.register("flash_by_sdpa", lambda *_, **__: None)
-    vlm = model(backbone).eval()
-    ids = torch.randint(1, WORDS, (2, 12), generator=torch.Generator().manual_seed(0))
-    segments = torch.tensor([[1] * 5 + [2] * 7, [1] * 4 + [2] * 6 + [0] * 2])
-    want = vlm(ids, segments > 0, ids, segments=segments)
-    vlm.language.config._attn_implementation = "flash_by_sdpa"  # its setter looks for the real package
-    got = vlm(ids, segments > 0, ids, segments=segments)
-    torch.testing.assert_close(got.hidden[got.mask], want.hidden[want.mask], rtol=1e-4, atol=1e-5)
-
-
 @pytest.mark.parametrize("backbone", ["phi2", "stablelm", "mistral"])
 def test_the_fast_kernel_without_a_mask_equals_attention_written_out_with_one(backbone: str) -> None:
-    """What the reference warns of is flash-attn under a padding mask; right-padded, none is needed."""
+    """Right-padded, no mask is needed."""
     given, found = batch([12, 5, 9], [1, 0, 1]), []
     for attention in ("sdpa", "eager"):
         vlm = model(backbone, attention=attention).train()
