@@ -15,7 +15,6 @@ Shapes: T tokens, D width, E experts, K choices a token.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -86,9 +85,12 @@ class Router(nn.Module):
         self.spec, self.experts = spec, experts
         self.weight = nn.Parameter(torch.empty(experts, width))
         nn.init.uniform_(self.weight, -(width**-0.5), width**-0.5, generator=generator)
-        # Gumbel(0, 1) of the logits' shape; a place for recorded draws.
+        # Gumbel(0, 1) of the logits' shape, and U(0, 1) a token: places for recorded draws.
         self.gumbel: Callable[[Tensor], Tensor] = lambda logits: (
             -torch.empty_like(logits).exponential_().log()
+        )
+        self.uniform: Callable[[Tensor], Tensor] = lambda logits: torch.rand(
+            len(logits), device=logits.device
         )
 
     def forward(self, x_TD: Tensor) -> tuple[Routing, Report]:
@@ -98,13 +100,17 @@ class Router(nn.Module):
         if self.training and spec.noise == "gumbel":
             noise_TE = self.gumbel(logits_TE.detach())
         if self.training and spec.rules == "moe_llava" and spec.top_k == 1 and factor:
-            order_T = torch.rand(len(x_TD), device=x_TD.device)
+            order_T = self.uniform(logits_TE.detach())
         return route(logits_TE, spec, factor, noise_TE, order_T)
 
 
 def capacity(tokens: int, experts: int, top_k: int, factor: float, least: int) -> int:
-    """Choices an expert takes from a rank: ceil(tokens / experts * factor * top_k) (DeepSpeed, _capacity)."""
-    return max(math.ceil(tokens / experts * factor * top_k), least)
+    """Choices an expert takes from a rank: ceil(tokens / experts * factor * top_k) (DeepSpeed, _capacity).
+
+    In fp32 as there: 50 tokens, 8 experts, two choices and factor 1.2 make 16, in fp64 15.
+    """
+    places = tokens / experts * torch.tensor(factor * top_k, dtype=torch.float32, device="cpu")
+    return max(int(places.ceil()), least)
 
 
 def route(
@@ -117,15 +123,22 @@ def route(
     """Choose, serve, drop, weigh.
 
     `factor` 0 drops nothing. `noise_TE` is added to the logits to choose beyond the first. `order_T` in
-    [0, 1): who is served when an expert is full, highest first, not the first to come (DeepSpeed's use_rts).
+    [0, 1), or one a token and expert as DeepSpeed draws them (use_rts): who is served when an expert is full,
+    highest first, not the first to come; of a single choice.
     """
     tokens, experts = logits_TE.shape
     chance_TE = logits_TE.softmax(-1)
-    expert_TK = _choose(logits_TE, spec.top_k, noise_TE)
+    expert_TK = _choose(logits_TE, chance_TE, spec.top_k, noise_TE)
     chance_TK = chance_TE.gather(1, expert_TK)
-    slot_TK, load_E = _slots(expert_TK, experts, order_T)
-    first_E = torch.bincount(expert_TK[:, 0], minlength=experts)
     limit = capacity(tokens, experts, spec.top_k, factor, spec.min_capacity) if factor else None
+    slot_TK, load_E = _slots(expert_TK, experts)
+    if order_T is not None and limit is not None:
+        drawn_T = order_T if order_T.dim() == 1 else order_T.gather(1, expert_TK)[:, 0]
+        by_draw_T = torch.argsort(drawn_T, descending=True, stable=True)
+        lost_T = _slots(expert_TK, experts, by_draw_T)[0][:, 0] >= limit
+        # The survivors' places are in the order of tokens again.
+        slot_TK, _ = _slots(expert_TK, experts, torch.argsort(lost_T.long(), stable=True))
+    first_E = torch.bincount(expert_TK[:, 0], minlength=experts)
     if limit is None:
         kept_TK, dropped = chance_TK, load_E.new_zeros(())
     else:
@@ -150,11 +163,14 @@ def route(
     return Routing(expert_TK, slot_TK, weight_TK, experts, limit, load_E), report
 
 
-def _choose(logits_TE: Tensor, top_k: int, noise_TE: Tensor | None) -> Tensor:
-    """[T, K] int64, best first, the lower index among equals; noise does not touch the first choice."""
+def _choose(logits_TE: Tensor, chance_TE: Tensor, top_k: int, noise_TE: Tensor | None) -> Tensor:
+    """[T, K] int64, best first, the lower index among equals; noise does not touch the first choice.
+
+    The first is the likeliest, which logits too close for fp32's softmax can be several of; others go by logits.
+    """
     left_TE, chosen = logits_TE.detach(), []
     for k in range(top_k):
-        best_T = left_TE.argmax(-1)
+        best_T = left_TE.argmax(-1) if k else chance_TE.detach().argmax(-1)
         chosen.append(best_T)
         if k + 1 < top_k:
             if k == 0 and noise_TE is not None:
@@ -163,12 +179,15 @@ def _choose(logits_TE: Tensor, top_k: int, noise_TE: Tensor | None) -> Tensor:
     return torch.stack(chosen, 1)
 
 
-def _slots(expert_TK: Tensor, experts: int, order_T: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Each choice's place in its expert's queue, first choices before second; and the queues' lengths."""
+def _slots(expert_TK: Tensor, experts: int, arrival: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Each choice's place in its expert's queue, first choices before second; and the queues' lengths.
+
+    `arrival`: the order in which single choices come, where it is not the tokens'.
+    """
     queue_N = expert_TK.t().reshape(-1)  # N = K * T, first choices first
-    arrival = torch.arange(len(queue_N), device=queue_N.device)
-    if order_T is not None:
-        arrival = torch.argsort(order_T, descending=True, stable=True)
+    if arrival is None:
+        arrival = torch.arange(len(queue_N), device=queue_N.device)
+    else:
         queue_N = queue_N[arrival]
     by_expert_N = torch.argsort(queue_N, stable=True)
     load_E = torch.bincount(queue_N, minlength=experts)
