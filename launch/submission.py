@@ -22,6 +22,7 @@ from launch import arrays, cluster, script
 from launch.operating.status import OPEN, State, batch_of, state_of
 from launch.plan import Plan, Run, StagePlan, runs_folder
 from launch.record import append_line, flush_all, read_json, write_json, write_text
+from launch.recovery import limbo
 
 # What sbatch says when it has not heard, rather than been refused.
 UNSURE = re.compile(
@@ -189,6 +190,7 @@ def submit(plan: Plan, code: Path) -> Iterator[tuple[Batch, str]]:
     with locked(root) as lock:
         queue = cluster.jobs()
         adopt(root, queue)
+        limbo.look(root)
         states = states_of(plan, queue)
         jobs = elements((*plan.earlier, *plan.stages), states)
         size = 0  # of an array, once SLURM has said that there is a limit

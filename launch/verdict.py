@@ -17,7 +17,7 @@ from pathlib import Path
 
 from launch import cluster
 from launch.record import RunFolder, read_json
-from launch.recovery import avoid, successor
+from launch.recovery import avoid, limbo, successor
 from launch.recovery.causes import CAUSES
 from launch.recovery.findings import Finding, comes_back, delay, first_line, fruitless, held, of_attempt
 from launch.recovery.pulse import beats
@@ -202,6 +202,14 @@ def main(arguments: list[str]) -> int:
         successor.drop(batch, element)
     if found.verdict in ("finished", "cancelled"):
         return 0
+    options = [f"--begin=now+{wait}"] * bool(wait)
+    options += [text.replace("ExcNodeList", "--exclude") for text in nodes.settings(excluded)]
+    said = ""
+    if again and not restarted and limbo.worn(facts):
+        if not (said := succeed(batch, folder, attempt, element, *options)):
+            return 1
+        with suppress(OSError):
+            folder.note("refused", attempt=attempt, what="a new job", reason=said)
     if again and (restarted or not (said := requeue(element))):
         settings = nodes.settings(excluded) + ((f"StartTime=now+{wait}",) if wait else ())
         if settings and (refused := change(element, *settings)):
@@ -211,12 +219,9 @@ def main(arguments: list[str]) -> int:
             return 0
         stay(element, restarts)
         return 1
-    if again:
-        options = [f"--begin=now+{wait}"] * bool(wait)
-        options += [text.replace("ExcNodeList", "--exclude") for text in nodes.settings(excluded)]
-        if refused := succeed(batch, folder, attempt, element, *options):
-            words = f"requeue refused: {said}; a new job refused: {refused}"
-            speak(folder, attempt, Finding("held", words), again=False)
+    if again and (refused := succeed(batch, folder, attempt, element, *options)):
+        words = f"requeue refused: {said}; a new job refused: {refused}"
+        speak(folder, attempt, Finding("held", words), again=False)
     return 1  # holds back what depends on the run
 
 

@@ -135,15 +135,18 @@ def _requeue(site: Site) -> Iterator[Fact]:
             if ours
             else "a run's own exit codes, 0 and 1, are not in it",
         )
+    words = site.parameters()
     most = site.number("MaxBatchRequeue", 5)
+    kept = "nohold_on_prolog_fail" in words
     yield Fact(
         "MaxBatchRequeue",
         str(most),
-        "ok",
-        f"SLURM holds a job whose node failed for the {most + 1}th time (launch failed requeued held): runs.py requeue "
-        "lets it go, where users may; else runs.py resubmit",
+        "ok" if kept else "note",
+        f"SLURM holds a job at its {most}th launch that was lost with a node"
+        + ("" if kept else ", and at once where a node's prolog fails for it")
+        + ": a job leaves for a new one before, and any other run at work, or runs.py wait, lets go what is held"
+        + ("" if kept else "; for the last run alive ask for SchedulerParameters=nohold_on_prolog_fail"),
     )
-    words = site.parameters()
     delay = words.get("requeue_delay") or words.get("cred_expire") or "120"
     wait = int(delay) if delay.isdigit() else 120
     fast = "enable_expedited_requeue" in words

@@ -55,6 +55,8 @@ def events(seen: Sight) -> list[tuple[float, str]]:
             told.append((at, f"{record.get('by') or 'someone'} asked to cancel it"))
         elif event == "requeued":
             told.append((at, f"{record.get('by') or 'someone'} asked to requeue it"))
+        elif event == "freed":
+            told.append((at, "SLURM held it, as its launch had failed; it was let go"))
         elif event == "refused":
             told.append((at, f"SLURM refused {record.get('what')}: {first(str(record.get('reason', '')))}"))
         elif event == "verdict":

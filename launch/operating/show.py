@@ -17,7 +17,7 @@ from launch.operating.address import name
 from launch.operating.status import OPEN, Batches, State, job_of, judge, read_batch
 from launch.operating.survey import Facts, survey
 from launch.record import RunFolder
-from launch.recovery import avoid
+from launch.recovery import avoid, limbo
 
 
 @dataclass(frozen=True)
@@ -107,6 +107,7 @@ def status(chosen: Sequence[RunFolder], options: argparse.Namespace) -> int:
             print(f"warning: SLURM: {why}", file=sys.stderr)
         if not options.watch or all(line.state.name not in OPEN for line in lines):
             break
+        limbo.look(options.runs)
         time.sleep(options.every)
     if options.exit_code and any(line.state.name != "done" for line in lines):
         return NO_SLURM if why else FAILED
@@ -161,6 +162,7 @@ def wait(chosen: Sequence[RunFolder], options: argparse.Namespace) -> int:
     end = time.monotonic() + options.timeout if options.timeout else float("inf")
     told = ""
     while True:
+        limbo.look(options.runs)
         seen = look(chosen, options.runs)
         lines, why = seen.lines, seen.why
         if why and why != told:

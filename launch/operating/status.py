@@ -139,7 +139,9 @@ def job_of(batch: Mapping[str, Any], queue: Mapping[str, Job] | None) -> str:
 
 def _queued(facts: Facts, found: Job, queue: Mapping[str, Job], asked: str) -> tuple[str, str]:
     """(state, reason) of a run whose job SLURM still has."""
-    pending = found.state == "PENDING"
+    pending = found.state in ("PENDING", "REQUEUE_HOLD")
+    if found.state == "REQUEUE_HOLD" and found.reason in ("BeginTime", "Priority", "Resources"):
+        return "queued", asked or found.reason  # it was let go; SLURM keeps the state until it starts
     if found.state in ("REQUEUE_HOLD", "SPECIAL_EXIT") or (pending and HELD.search(found.reason)):
         return "held", found.reason if found.reason != "None" else found.state
     if found.state in ("REQUEUED", "REQUEUE_FED"):

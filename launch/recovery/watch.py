@@ -20,7 +20,7 @@ from pathlib import Path
 from launch import cluster
 from launch.operating.status import children
 from launch.record import RunFolder, read_json, write_json
-from launch.recovery import successor
+from launch.recovery import limbo, successor
 from launch.recovery.pulse import Beat, beats
 from launch.spec import Duration
 
@@ -143,12 +143,14 @@ def main(arguments: list[str]) -> int:
     element = cluster.element_id()
     restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
     attempt = f"{element}-{restarts}"
-    late(batch.parent.parent, folder, element, restarts)
+    root = batch.parent.parent
+    late(root, folder, element, restarts)
     spec = read_json(folder.spec_file) or {}
     if (spec.get("cluster") or {}).get("spare"):
         successor.prepare(batch, folder, element)
     watch = Watch(Limits.of(spec), int(os.environ.get("SLURM_NTASKS", "1")))
     script = os.getppid()
+    fresh = not restarts
     at = time.monotonic()
     while True:
         time.sleep(watch.limits.every)
@@ -159,6 +161,11 @@ def main(arguments: list[str]) -> int:
         silence = watch.look(seen, at - before)
         if silence and not any(folder.logs(attempt).glob("failure_*.json")):
             break
+        limbo.look(root)
+        if not fresh and len(seen) == watch.world:
+            fresh = True
+            if words := limbo.leave(folder, element, attempt):
+                print(f"watch: {words}", flush=True)
     print(f"watch: {silence.message}; ending the attempt", flush=True)
     note(folder, attempt, silence)
     if seen:

@@ -225,10 +225,10 @@ class Chaos:
         yield Kind("preempted, grace 30", "signalled", 12, self.preempt_with_grace)
         yield Kind("walltime", "signalled", 8, self.timeout)
         yield Kind("rank SIGKILL", "unsignalled", 12, self.rank_killed)
-        yield Kind("node lost", "unsignalled", 6, self.node_killed, node=True)
-        yield Kind("slurmd SIGKILL", "unsignalled", 4, self.slurmd_killed, lonely=True, node=True)
+        yield Kind("node lost", "unsignalled", 6, self.node_killed)
+        yield Kind("slurmd SIGKILL", "unsignalled", 4, self.slurmd_killed, lonely=True)
         if net:
-            yield Kind("node cut off", "unsignalled", 4, self.node_cut_off, lonely=True, node=True)
+            yield Kind("node cut off", "unsignalled", 4, self.node_cut_off, lonely=True)
         yield Kind("file quota", "unsignalled", 6, self.quota)
         yield Kind("disk full", "unsignalled", 5, everyone=self.disk_full, lonely=True)
         yield Kind("slurmctld restart", "none", 6, everyone=self.controller_restarted, lonely=True)
@@ -248,4 +248,3 @@ class Kind:
     one: Callable[[Target], str] | None = None
     everyone: Callable[[], str] | None = None
     lonely: bool = False
-    node: bool = False  # it may cost the run its node

@@ -81,6 +81,7 @@ def main() -> int:
         shutil.copytree(
             world.runs, chosen.out.with_suffix(""), ignore=heavy, dirs_exist_ok=True
         )  # to look into
+        shutil.copytree(slurm.folder / "log", chosen.out.with_suffix("") / "slurm", dirs_exist_ok=True)
     return 1 if result["wrong"] else 0
 
 

@@ -117,7 +117,9 @@ class PrivateSlurm(Daemons):
         """
         soon = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(time.time() + 3))
         for job in self.jobs().values():
-            waits = job.state == "PENDING" and job.reason == "BeginTime" and job.restarts > 0
+            waits = (
+                job.state in ("PENDING", "REQUEUE_HOLD") and job.reason == "BeginTime" and job.restarts > 0
+            )
             if waits and job.fields["EligibleTime"] > soon and (job.id in ids or not ids):
                 self.run(["scontrol", "update", f"jobid={job.id}", "StartTime=now+2"], check=False)
 

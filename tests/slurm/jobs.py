@@ -23,7 +23,8 @@ class Job:
 
     @property
     def over(self) -> bool:
-        return self.state not in {"PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "REQUEUED"}
+        going = {"PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD"}
+        return self.state not in going
 
 
 def numbers(text: str) -> list[int]:
