@@ -27,6 +27,7 @@ class Event:
     due: int  # at how many steps over all runs
     time: float = 0.0  # seconds since 1970
     run: str = ""
+    attempt: str = ""  # which of the run's was hit
     step: int = 0  # where that run was
     words: str = ""
 
@@ -124,9 +125,11 @@ def _happen(world: World, chaos: Chaos, kind: Kind, event: Event) -> bool:
     if not running:
         return False
     event.run, element = chaos.dice.choice(running)
-    nodes = world.slurm.job(element).nodes
+    job = world.slurm.job(element)
+    nodes = job.nodes
     if not nodes or chaos.away & set(nodes):
         return False
+    event.attempt = f"{element}-{job.restarts}"
     event.step = world.seen.get(event.run, 0)
     assert kind.one is not None
     event.words = kind.one(Target(event.run, element, nodes))

@@ -1,13 +1,11 @@
 """What the chaos cost: steps lost by each kind of fault, where the time went, and what a model of goodput says.
 
-The model is that of the ledger's words: of the allocated time, saves cost their share, and each fault that ends
-an attempt costs the restart, and half an interval where nothing was saved on a warning. (Young, Comm. ACM 17, 1974;
-the interval is the save's own.)
+The model has the same work, and as many faults; what a save and a restart cost is measured, what an unwarned fault
+throws away is not, nor how often is saved: see `modelled`.
 """
 
 from __future__ import annotations
 
-import statistics
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -37,19 +35,33 @@ class Break:
 
 
 def breaks(name: str, folder: RunFolder, events: Sequence[Event]) -> list[Break]:
-    """The run's attempts that were ended and gone on from, each with the faults it had."""
-    found = []
-    begun = 0.0
+    """The run's attempts that were ended and gone on from, each with the faults it had.
+
+    A fault belongs to the attempt that it was done to, and one to all runs to those that had a rank then: one may hit
+    an attempt that still loads, and end it long after its first step. (A node whose daemon is gone counts as lost
+    after half a minute; a quota is met at the next save.)
+    """
+    found: list[Break] = []
+    launched: dict[str, float] = {}  # attempts, when each had a rank
+    before: list[str] = []  # those since the last that was ready, itself included
     for record in folder.journal:
-        if record["event"] == "launched" and not begun:
-            begun = float(record["time"])
+        attempt, at = str(record.get("attempt", "")), float(record["time"])
+        if record["event"] == "launched":
+            launched[attempt] = at
+            before.append(attempt)
         if record["event"] != "start":
             continue
-        ready = float(record["time"])
-        if record["number"]:
-            causes = tuple(e for e in events if e.run in ("", name) and begun - 2 <= e.time <= ready)
-            found.append(Break(name, ready, int(record["last"]) - int(record["step"]), causes))
-        begun = ready
+        ended = [one for one in before if one != attempt]
+        if record["number"] and ended:
+            begun, over = launched[ended[0]], launched.get(attempt, at)
+            causes = tuple(
+                e
+                for e in events
+                if e.attempt in ended
+                or (e.attempt not in launched and e.run in ("", name) and begun - 2 <= e.time <= over)
+            )
+            found.append(Break(name, at, int(record["last"]) - int(record["step"]), causes))
+        before = [attempt]
     return found
 
 
@@ -97,42 +109,51 @@ def differences(calm: World, disturbed: World) -> list[str]:
     return found
 
 
+def modelled(work: float, interval: float, stall: float, again: float, unwarned: int) -> float:
+    """The share of its time that a run works: `work` seconds of steps, a save after each `interval` of them.
+
+    Saves take `stall` each, and happen only while the run works; `again` seconds go into starts, restarts and the
+    evaluation; each of `unwarned` faults costs half an interval, for it comes at any moment of one. For rare faults
+    this is 1 - stall/interval - interval/2M - restart/M, with M the time between them (Young, Comm. ACM 17, 1974).
+    """
+    return work / (work * (1 + stall / interval) + again + unwarned * interval / 2)
+
+
 def goodput(world: World) -> dict[str, Any]:
     """Where the allocated time of all runs went, and what the model makes of the same saves, restarts and faults."""
     done = State("done")
     costs = [ledger.of(folder, done) for folder in world.folders.values()]
     seconds = {part: sum(cost.seconds[part] for cost in costs) for part in ledger.PARTS}
     allocated = sum(cost.allocated for cost in costs)
-    took, saves, ends, unwarned = [], 0, 0, 0
+    saves, attempts, unwarned = 0, 0, 0
     for folder in world.folders.values():
-        rows = [float(row["step_seconds"]) for row in read_lines(folder.metrics_file)]
-        took.append(statistics.median(rows) if rows else 0.0)
         journal = folder.journal
         saves += sum(record["event"] == "saved" for record in journal)
-        starts = [record for record in journal if record["event"] == "start" and record["number"]]
-        launched = sum(record["event"] == "launched" for record in journal) - 1
-        ends += max(launched, len(starts))
-        unwarned += sum(record["last"] > record["step"] for record in starts)
-    step = statistics.median(took)
-    interval = world.shape.save_every * step
+        attempts += len(ledger.attempts(journal))
+        ready = [record["attempt"] for record in journal if record["event"] == "start"]
+        said = {record["attempt"] for record in journal if record["event"] == "ended"}
+        unwarned += sum(attempt not in said for attempt in ready[:-1])  # nothing was saved at their end
     stall = seconds["save"] / max(1, saves)
-    attempts = ends + len(world.folders)
-    restart = (seconds["start"] + seconds["load"] + seconds["lost"]) / max(1, attempts)
-    once = (restart * len(world.folders) + seconds["eval"]) / allocated  # a run without faults starts, too
-    between = allocated / max(1, ends)
-    model = 1 - once - stall / interval - (restart + unwarned / max(1, ends) * interval / 2) / between
-    measured = seconds["train"] / allocated
+    again = seconds["start"] + seconds["load"] + seconds["lost"] + seconds["eval"]
+    work = seconds["train"]
+    interval = world.shape.save_every * work / world.shape.total
+    best = (2 * stall * work / unwarned) ** 0.5 if unwarned and stall else interval
+    measured = work / allocated
+    model, optimum = (modelled(work, every, stall, again, unwarned) for every in (interval, best))
     return {
         "seconds": {part: round(value, 1) for part, value in seconds.items()},
         "allocated": round(allocated, 1),
         "measured": round(measured, 4),
         "model": round(model, 4),
-        "difference in points": round(100 * (measured - model), 2),
+        "model's optimum": round(optimum, 4),
+        "points under the optimum": round(100 * (optimum - measured), 2),
         "a save": round(stall, 3),
-        "a restart": round(restart, 2),
+        "a restart": round((again - seconds["eval"]) / max(1, attempts), 2),
         "an interval": round(interval, 2),
-        "between faults": round(between, 1),
+        "the best interval": round(best, 2),
+        "between ends of attempts": round(allocated / max(1, attempts - len(world.folders)), 1),
         "attempts": attempts,
+        "ended without a save": unwarned,
     }
 
 

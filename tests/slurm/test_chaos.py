@@ -5,13 +5,15 @@ The whole of it, three stages and more than a hundred faults of every kind, is `
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from launch.record import RunFolder
 from tests.chaos import measure
-from tests.chaos.drive import drive, schedule
+from tests.chaos.drive import Event, drive, schedule
 from tests.chaos.events import Kind
 from tests.chaos.world import Shape, World, small_disk
 from tests.slurm.cluster import PrivateSlurm, missing
@@ -66,6 +68,65 @@ def test_a_seed_gives_one_schedule_with_every_kind_in_it() -> None:
     assert one == again != other
     assert {kind.name for _, kind in one} == {kind.name for kind in kinds}
     assert [place for place, _ in one] == sorted(place for place, _ in one)
+
+
+@pytest.mark.parametrize("between", [12.0, 60.0, 3600.0])  # seconds of training from one fault to the next
+def test_the_model_of_goodput_is_what_comes_of_it(between: float) -> None:
+    dice, steps, step, stall, restart, every = random.Random(1), 40_000, 0.5, 0.2, 39.0, 10
+    done = saved = trained = since = total = faults = unwarned = 0.0
+    fault = dice.expovariate(1 / between)
+    while done < steps:
+        if trained + step > fault:
+            faults, total, trained = faults + 1, total + restart + step * dice.random(), 0.0
+            fault = dice.expovariate(1 / between)
+            if dice.random() < 0.7:
+                unwarned, done = unwarned + 1, saved
+            else:
+                total, saved = total + stall, done
+            since = 0
+            continue
+        done, trained, since, total = done + 1, trained + step, since + 1, total + step
+        if since == every:
+            saved, since, total = done, 0, total + stall
+    measured = steps * step / total
+    model = measure.modelled(steps * step, every * step, stall, faults * restart, int(unwarned))
+    assert model == pytest.approx(measured, abs=0.01)
+    # For rare faults it is the sum of the shares, which at many faults counts saves that are never made.
+    rare = 1 - stall / (every * step) - (restart + 0.7 * every * step / 2) * faults / total
+    assert (abs(rare - model) < 0.01) == (between > 100)
+
+
+def test_a_loss_is_put_down_to_what_hit_the_attempt_also_while_it_was_loading(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+
+    def noted(attempt: int, launched: float, start: float, step: int, last: int) -> None:
+        folder.note("launched", attempt=f"7_0-{attempt}", time=launched)
+        facts = {"number": attempt, "step": step, "last": last}
+        folder.note("start", attempt=f"7_0-{attempt}", time=start, **facts)
+
+    def fault(kind: str, warning: str, time: float, attempt: int | None = None, run: str = "x") -> Event:
+        of = "" if attempt is None else f"7_0-{attempt}"
+        return Event(0, kind, warning, 0, time, run if of else "", of)
+
+    noted(0, 10, 20, step=0, last=0)
+    noted(1, 40, 50, step=30, last=30)
+    noted(2, 80, 90, step=30, last=39)
+    noted(3, 100, 110, step=40, last=40)
+    faults = [
+        fault("walltime", "signalled", 30, 0),
+        fault("slurmd", "unsignalled", 45, 1),  # it loads; SLURM finds the node lost half a minute later
+        fault("preempted", "signalled", 60, 1),
+        fault("restart", "none", 95),
+        fault("preempted", "signalled", 97, 2),
+    ]
+    found = measure.breaks("x", folder, faults)
+    assert [(b.lost, b.warning, measure.blamed(b)) for b in found] == [
+        (0, "signalled", "walltime"),
+        (9, "unsignalled", "slurmd"),
+        (0, "signalled", "preempted"),
+    ]
+    assert [len(b.causes) for b in found] == [1, 2, 2]
+    assert measure.over_the_bound(found, 10) == []
 
 
 def test_a_difference_of_one_bit_is_found(tmp_path: Path) -> None:
