@@ -22,7 +22,7 @@ from launch import arrays, cluster, script
 from launch.operating.status import OPEN, State, batch_of, state_of
 from launch.plan import Plan, Run, StagePlan, runs_folder
 from launch.record import append_line, flush_all, read_json, write_json, write_text
-from launch.recovery import limbo
+from launch.recovery import avoid, limbo
 
 # What sbatch says when it has not heard, rather than been refused.
 UNSURE = re.compile(
@@ -57,7 +57,9 @@ class Batch:
     def command(self) -> list[str]:
         """The sbatch command. The dependency stands here, as it alone is not known before the stage above is in."""
         after = [f"--dependency={self.dependency}"] if self.dependency else []
-        return ["sbatch", "--parsable", *after, str(self.folder / "script.sbatch")]
+        spec, on = self.stage.spec, self.stage.spec.cluster
+        away = avoid.options(runs_folder(spec), on.exclude, on.partition, spec.nodes)
+        return ["sbatch", "--parsable", *after, *away, str(self.folder / "script.sbatch")]
 
 
 @contextmanager

@@ -1,8 +1,9 @@
 """The nodes that attempts failed on, and those that are therefore avoided: a ledger beside the runs, and no daemon.
 
 Each verdict that blames a node adds a line to `nodes.jsonl` in the folder of runs. A requeued job gets the nodes
-avoided at that moment as its ExcNodeList. A first fault holds for two hours, a second one within a day for a
-day; never more than a tenth of the partition is avoided, nor so much that the run would not find room in the rest.
+avoided at that moment as its ExcNodeList, and so does a new one. A first fault holds for two hours, a second one
+within a day for a day; never more than a tenth of the partition is avoided, nor so much that the run would not find
+room in the rest.
 """
 
 from __future__ import annotations
@@ -122,13 +123,21 @@ class Nodes:
         if not (found := strikes(self.root, now)) or not any(s.until > now for s in found.values()):
             return ()
         try:
-            shown = cluster.call("scontrol", "-o", "show", "partition", self.partition, timeout=20)
+            shown = cluster.call("scontrol", "-o", "show", "partition", timeout=20)
         except cluster.SlurmError:
             return ()
-        total = cluster.fields(shown).get("TotalNodes", "0")
+        every = [cluster.fields(line) for line in shown.splitlines() if line.strip()]
+        mine = ("PartitionName", self.partition) if self.partition else ("Default", "YES")
+        total = next((row.get("TotalNodes", "0") for row in every if row.get(mine[0]) == mine[1]), "0")
         return chosen(found, now, int(total) if total.isdigit() else 0, self.needed)
 
     def settings(self, nodes: tuple[str, ...]) -> tuple[str, ...]:
         """What `scontrol update` is told, if anything changes; nodes whose time is over are let in again."""
         wanted = ",".join(dict.fromkeys(part for part in (*self.given.split(","), *nodes) if part))
         return (f"ExcNodeList={wanted}",) if wanted != self.given or self.now_set != self.given else ()
+
+
+def options(root: Path, given: str, partition: str, nodes: int) -> list[str]:
+    """What sbatch is told of a new array of `nodes` a run where some are avoided now, beside those `given`."""
+    found = Nodes(root, "", given, given, partition, nodes)
+    return [text.replace("ExcNodeList", "--exclude") for text in found.settings(found.avoided())]

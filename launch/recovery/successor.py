@@ -120,6 +120,10 @@ def prepare(batch: Path, folder: RunFolder, element: str) -> None:
     try:
         token = cluster.show(element).get("Comment", "")
         if ".after-" in token:
+            if cancelled(before := token.partition(".after-")[2]):
+                folder.note("cancelled", by=by(before), job=before)
+                cluster.call("scancel", element.partition("_")[0], timeout=30)
+                return
             take_over(folder, batch.with_name(token), token.partition(".after-")[2])
         job = submit(batch, element, f"--dependency=afternotok:{element}")
         for waiting, same in list(dependents(element, element)):
@@ -128,6 +132,22 @@ def prepare(batch: Path, folder: RunFolder, element: str) -> None:
                 cluster.call("scontrol", "update", f"JobId={waiting}", either, timeout=20)
     except cluster.SlurmError as error:
         folder.note("refused", attempt=attempt, what="a spare job", reason=str(error))
+
+
+def cancelled(element: str) -> bool:
+    """Whether the job before was cancelled, and not lost: its spare, which waits for its failure, starts then, too."""
+    try:
+        return cluster.show(element).get("JobState", "").startswith("CANCELLED")
+    except cluster.SlurmError:
+        return False  # so long ago that SLURM forgot it
+
+
+def by(element: str) -> str:
+    """Who cancelled a job, where accounting knows it."""
+    rows = cluster.past([element]).get(element, [])
+    with contextlib.suppress(ValueError, KeyError):
+        return pwd.getpwuid(int(rows[-1].by)).pw_name if rows else ""
+    return ""
 
 
 def drop(batch: Path, element: str) -> None:

@@ -144,10 +144,10 @@ def main(arguments: list[str]) -> int:
     restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
     attempt = f"{element}-{restarts}"
     root = batch.parent.parent
-    late(root, folder, element, restarts)
     spec = read_json(folder.spec_file) or {}
     if (spec.get("cluster") or {}).get("spare"):
         successor.prepare(batch, folder, element)
+    late(root, folder, element, restarts)
     watch = Watch(Limits.of(spec), int(os.environ.get("SLURM_NTASKS", "1")))
     script = os.getppid()
     fresh = not restarts

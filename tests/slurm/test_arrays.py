@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import re
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from launch.record import write_json
+from launch.record import append_line, write_json
 from tests.launch import chain
 from tests.slurm.cluster import PrivateSlurm
 
@@ -23,10 +24,13 @@ SWEEP = f"sweep: {{train.optim.lr: [{', '.join(RATES)}]}}\n"
 def test_a_sweep_over_max_array_size_is_several_arrays_that_hang_together(
     private_slurm: Callable[..., PrivateSlurm], tmp_path: Path
 ) -> None:
-    slurm = private_slurm(nodes=2, max_array=4)
+    slurm = private_slurm(nodes=3, max_array=4)
     file = chain.write(tmp_path, sweep2=SWEEP, sweep3=SWEEP)
     runs = tmp_path / "runs"
     later = "cluster.sbatch={begin: 'now+1hour'}"  # nothing shall run
+
+    # A node that failed other runs of late is not given to new ones either.
+    append_line(runs / "nodes.jsonl", {"time": time.time(), "node": "n2", "verdict": "infrastructure"})
 
     def submit() -> str:
         command = [sys.executable, ROOT / "launch" / "submit.py", file, later]
@@ -45,6 +49,7 @@ def test_a_sweep_over_max_array_size_is_several_arrays_that_hang_together(
     # Element e of a stage's array k is run 4 k + e, and its SLURM job is there.
     jobs = slurm.jobs()
     assert len(jobs) == 21
+    assert {job.fields["ExcNodeList"] for job in jobs.values()} == {"n2"}
     for stage in "23":
         for k, job in enumerate(numbers[stage]):
             [batch] = [

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from launch.recovery import limbo
+from launch.record import append_line
+from launch.recovery import avoid, limbo
 from tests.slurm.cluster import PrivateSlurm
 from tests.slurm.test_recovery import Submitted
 
@@ -86,6 +87,11 @@ def test_what_slurm_holds_for_lost_launches_is_let_go_and_a_worn_job_is_left_for
     assert (after.restarts, after.fields["BatchFlag"]) == (0, "1")
     slurm.wait_state(below, "COMPLETED")
 
-    # An empty folder of runs knows none of these jobs.
+    # A new array is kept from nodes that failed of late, also where the partition is the default one.
+    append_line(tmp_path / "nodes.jsonl", {"time": time.time(), "node": "n2", "verdict": "infrastructure"})
     monkeypatch.setenv("SLURM_CONF", str(slurm.place.conf))
+    assert avoid.options(tmp_path, "n9", "", 2) == ["--exclude=n9,n2"]
+    assert avoid.options(tmp_path, "", "main", 3) == avoid.options(tmp_path / "others", "", "main", 1) == []
+
+    # An empty folder of runs knows none of these jobs.
     assert limbo.release(tmp_path / "others", time.time()) == []

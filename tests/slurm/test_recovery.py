@@ -238,3 +238,21 @@ def test_where_a_lost_node_ends_a_job_for_good_its_spare_goes_on(slurm: PrivateS
     assert len(run.of("start")) == 2
     assert slurm.wait_state(f"{below}_3", "CANCELLED").state == "CANCELLED"
     assert run.state()[0] == "cancelled"
+
+
+def test_the_spare_of_a_job_that_scancel_ended_between_two_attempts_ends_as_it_begins(
+    slurm: PrivateSlurm, tmp_path: Path
+) -> None:
+    run = Submitted(slurm, tmp_path, "run", "run", spare=True)
+    slurm.wait(lambda: run.of("start"), 30)
+    before = int(run.array)
+    slurm.wait(lambda: any(int(id.partition("_")[0]) > before for id in slurm.jobs()), 30)
+    (spare,) = (id for id in slurm.jobs() if int(id.partition("_")[0]) > before)
+    slurm.run(["scontrol", "requeue", run.id])
+    run.again(1)
+    slurm.run(["scancel", run.id])  # nothing of it runs that could take its spare along
+    slurm.wait(lambda: slurm.job(spare).over, 60)
+    assert slurm.job(spare).state == "CANCELLED"
+    assert run.state()[0] == "cancelled"
+    assert [record["job"] for record in run.of("cancelled")] == [run.id]
+    assert not [record for record in run.of("submitting") if "after" in record]  # it never took the run over
