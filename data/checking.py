@@ -112,6 +112,9 @@ class _Checker:
                 self.progress(dataset.name, batch[-1].end, size)
         except RecordError as error:
             self.tell(file, "file-torn", -1, "", str(error))
+        else:
+            if not file.records:
+                self.tell(file, "file-empty", -1, "", "")
         self.send(path)
         self.settle(0)
         self.pictures(file, path, shows, shown_by)

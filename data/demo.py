@@ -62,10 +62,11 @@ def make(folder: Path, seed: int = 0, scale: float = 1.0) -> bool:
 
 def main(arguments: list[str] | None = None) -> int:
     from data.studio import DemoError
+    from data.words import refused
 
-    parser = argparse.ArgumentParser(prog="data/demo.py", description="Make the demo's DATA_ROOT.")
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--seed", type=int, default=0)
+    parser = argparse.ArgumentParser(prog="python data/demo.py", description="Make the demo's DATA_ROOT.")
+    parser.add_argument("folder", type=Path, help="a new folder for it")
+    parser.add_argument("--seed", type=int, default=0, help="of what is drawn (default: 0)")
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies the number of samples")
     options = parser.parse_args(arguments)
     try:
@@ -73,6 +74,12 @@ def main(arguments: list[str] | None = None) -> int:
     except DemoError as fault:
         print(f"error: {fault}", file=sys.stderr)
         return 2
+    except OSError as fault:
+        print(f"error: {refused(fault, options.folder)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command begins again", file=sys.stderr)
+        return 130
     rows = json.loads((options.folder / MARK).read_text(encoding="utf-8"))["rows"]
     word = "made" if made else "already there, nothing to do"
     print(f"demo data: {word}: {sum(rows.values())} samples in {options.folder}")

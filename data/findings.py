@@ -32,6 +32,7 @@ _GET = "download the archive again (prepare.py plan), or leave the record out"
 KINDS: dict[str, Kind] = {
     # the file
     "file-missing": Kind("the annotation file is not there", True, "prepare.py plan says where to get it"),
+    "file-empty": Kind("the annotation file has no record", True, "leave it out of the mix"),
     "file-torn": Kind("the annotation file is not valid JSON", True, "download it again"),
     "rows": Kind("not as many records as the catalog says", False, "compare with the publisher's file"),
     # the record

@@ -15,7 +15,7 @@ import numpy as np
 
 from data.conversation import IGNORED, IMAGE_ID, ConversationError, Encoded, encode_many
 from data.records import Record, stream
-from data.words import kind_of
+from data.words import is_path, kind_of
 
 FORMAT = 1  # raise it when an index is laid out, or a conversation encoded, other than before
 MARK = 2048  # records between two marks of a build; their tokens are in memory, about 100 MB
@@ -38,7 +38,7 @@ def pictures(record: Any) -> list[str]:
     """The picture paths of a record; none when it is text only. ConversationError when they are not texts."""
     image = record.get("image")
     paths = [] if image in (None, "", []) else [image] if isinstance(image, str) else image
-    if not isinstance(paths, list) or not all(isinstance(path, str) and path for path in paths):
+    if not isinstance(paths, list) or not all(map(is_path, paths)):
         raise ConversationError("'image' must be a path or a list of paths")
     return paths
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from data.conversation import IMAGE, MOST_IMAGES, Template
 from data.images import facts
-from data.words import kind_of
+from data.words import is_path, is_text, kind_of
 
 Found = Iterator[tuple[str, str]]  # kind, detail
 
@@ -42,18 +42,14 @@ def broken(record: Any, template: Template) -> tuple[str, str] | None:
     if not turns:
         return "empty-conversation", ""
     for number, turn in enumerate(turns, 1):
-        sound = (
-            isinstance(turn, dict)
-            and isinstance(turn.get("from"), str)
-            and isinstance(turn.get("value"), str)
-        )
+        sound = isinstance(turn, dict) and isinstance(turn.get("from"), str) and is_text(turn.get("value"))
         if not sound:
             return "turn-malformed", f"turn {number}"
     if record.get("video"):
         return "video", str(record["video"])
     image = record.get("image")
-    paths = [image] if isinstance(image, str) else image or []
-    if not isinstance(paths, list) or not all(isinstance(path, str) and path for path in paths if image):
+    paths = [] if image in (None, "", []) else [image] if isinstance(image, str) else image
+    if not isinstance(paths, list) or not all(map(is_path, paths)):
         return "image-field", repr(image)[:80]
     if template.style != "plain":
         roles = ("human", "gpt") if template.style != "chat" else ("human", "gpt", "system")
@@ -171,6 +167,8 @@ def picture(root: Path, beside: Path, path: str, hint: bool = True) -> Picture:
 
 def _like(place: Path) -> str:
     """A file of the same name but for its ending or case, as a hint."""
+    if place.is_dir():
+        return " (it is a folder)"
     if not place.parent.is_dir():
         return f" (there is no folder {place.parent})"
     stem = place.stem.lower()

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 import shutil
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -32,9 +32,11 @@ def parser() -> argparse.ArgumentParser:
     from data.convert import CONVERTERS
 
     whole = argparse.ArgumentParser(
-        prog="python data/prepare.py", description="Prepare the folder of training data."
+        prog="python data/prepare.py",
+        description="Prepare the folder of training data. COMMAND --help tells more of one.",
+        epilog="exit codes: 0 all is well, 1 something is missing or would be lost, 2 the command is wrong",
     )
-    commands = whole.add_subparsers(dest="command", required=True)
+    commands = whole.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name: str, about: str, mix: bool = True) -> argparse.ArgumentParser:
         made = commands.add_parser(name, help=about, description=about)
@@ -68,11 +70,13 @@ def parser() -> argparse.ArgumentParser:
         "pixels", "Scale all pictures once, so that training need not decode (338 KB each at 336)."
     )
     made.add_argument("--format", choices=[*FORMATS], default="clip-336", help="what the vision tower takes")
-    made.add_argument("--aspect", choices=["pad", "square"], default="pad")
+    made.add_argument(
+        "--aspect", choices=["pad", "square"], default="pad", help="data.aspect of the runs (default: pad)"
+    )
     made.add_argument("--workers", type=_least(1), default=os.cpu_count() or 1, help="threads that decode")
     made = command("convert", "Convert a publisher's own file into the annotation schema.", mix=False)
-    made.add_argument("kind", choices=[*CONVERTERS, "mimic-it-pictures"])
-    made.add_argument("source", type=Path)
+    made.add_argument("kind", choices=[*CONVERTERS, "mimic-it-pictures"], help="whose file it is")
+    made.add_argument("source", type=Path, help="the publisher's file; for pictures MIMIC-IT's JSON of them")
     made.add_argument("--out", type=Path, required=True, help="the new file; for pictures the new folder")
     made.add_argument("--prefix", default="", help="folder under the root in which the pictures are")
     made.add_argument("--texts", type=Path, help="a file of its own for records without pictures")
@@ -121,7 +125,10 @@ def plan(options: argparse.Namespace) -> int:
         print(f"{'':18} {dataset.page}")
         print(f"{'':18} licence: {dataset.licence}" + (f"; {dataset.note}" if dataset.note else ""))
     if not missing:
-        print("\nall files are there; next: python data/prepare.py check")
+        again = " ".join(map(shlex.quote, options.mix))
+        print(
+            f"\nall files are there; next: python data/prepare.py check {again} --root {shlex.quote(str(root))}"
+        )
         return 0
     print(f"\nto download, from https://huggingface.co/datasets/{HUB}:")
     for name, size, into in missing:
@@ -136,7 +143,7 @@ def plan(options: argparse.Namespace) -> int:
     short = "" if free > total + kept else ", too little: use a larger disk, or unpack --delete one by one"
     print(f"  free under {near}: {free:.1f} GB{short}")
     names = " ".join(f"'{name}'" for name, _, _ in missing)
-    print(f"\n  hf download {HUB} {names} --repo-type dataset --local-dir {root}")
+    print(f"\n  hf download {HUB} {names} --repo-type dataset --local-dir {shlex.quote(str(root))}")
     return 1
 
 
@@ -144,6 +151,7 @@ def unpack(options: argparse.Namespace) -> int:
     """Archives into the tree."""
     from data.archives import files_of
     from data.archives import unpack as into_tree
+    from data.bar import Bar
 
     root = _root(options)
     downloads = options.downloads or root
@@ -164,6 +172,7 @@ def unpack(options: argparse.Namespace) -> int:
 def check(options: argparse.Namespace) -> int:
     """Everything read, and reported."""
     from data import checking, report
+    from data.bar import Bar
     from data.conversation import TEMPLATES, tokenizer_faults
 
     root, tokenizer = _root(options), _tokenizer(options)
@@ -193,6 +202,8 @@ def check(options: argparse.Namespace) -> int:
     out = options.out or root / "check"
     print(report.as_text(found, report.write(found, out)))
     print(f"the whole report: {out / 'check.html'} and check.json")
+    if faults:
+        print(f"LOST  all of it: the tokenizer does not suit template {options.template}, as said above")
     if options.fix:
         for file in found.files:
             if file.path and file.kinds:
@@ -205,6 +216,7 @@ def check(options: argparse.Namespace) -> int:
 
 def index(options: argparse.Namespace) -> int:
     """The training indexes, built."""
+    from data.bar import Bar
     from data.catalog import annotation_path
     from data.conversation import tokenizer_faults
     from data.index import fingerprint, open_index
@@ -246,6 +258,7 @@ def convert(options: argparse.Namespace) -> int:
 def pixels(options: argparse.Namespace) -> int:
     """The pictures, scaled and kept."""
     from data.catalog import annotation_path
+    from data.conversation import ConversationError
     from data.images import ImageFormat
     from data.index import pictures
     from data.records import stream
@@ -255,14 +268,24 @@ def pixels(options: argparse.Namespace) -> int:
     size, mean, std, resize = FORMATS[options.format]
     form = ImageFormat(size, mean, std, resize)
     files = [annotation_path(root, dataset.annotation) for dataset in _datasets(options)]
-    values = (record.value for file in files for record in stream(file))
-    paths = (path for value in values if isinstance(value, dict) for path in pictures(value))
-    made, broken = build(root, paths, form, options.aspect, options.workers)
+    unsound: list[str] = []
+
+    def paths() -> Iterator[str]:
+        for file in files:
+            for record in stream(file):
+                try:
+                    yield from pictures(record.value) if isinstance(record.value, dict) else ()
+                except ConversationError as error:
+                    unsound.append(f"{file}, record {record.number}: {error}")
+
+    made, broken = build(root, paths(), form, options.aspect, options.workers)
     place = folder(root, form, options.aspect)
     print(f"{made:,} pictures in {place}" if made else "no pictures: nothing is written")
-    for why in broken[:5]:
+    for why in (*unsound[:5], *broken[:5]):
         print(f"  {why}")
-    return 1 if broken else 0
+    if (lost := len(unsound) + len(broken)) > 5:
+        print(f"  {lost:,} in all; `check` lists them")
+    return 1 if lost else 0
 
 
 COMMANDS = {
@@ -273,28 +296,6 @@ COMMANDS = {
     "pixels": pixels,
     "convert": convert,
 }
-
-
-class Bar:
-    """Progress of bytes, on a terminal once a tenth of a second, else silent."""
-
-    def __init__(self, name: str) -> None:
-        self.name, self.started, self.last = name, time.monotonic(), 0.0
-        self.live = sys.stderr.isatty()
-
-    def show(self, done: int, size: int) -> None:
-        """Draw it."""
-        now = time.monotonic()
-        if self.live and (now - self.last > 0.1 or done >= size):
-            self.last, share = now, done / max(1, size)
-            left = (now - self.started) * (1 - share) / max(share, 1e-9)
-            full = "#" * round(30 * share)
-            print(f"\r{self.name:18} [{full:30}] {share:6.1%} {left:6.0f} s left", end="", file=sys.stderr)
-
-    def close(self) -> None:
-        """End its line."""
-        if self.live and self.last:
-            print(file=sys.stderr)
 
 
 def _least(least: int) -> Callable[[str], int]:
@@ -312,8 +313,10 @@ def _root(options: argparse.Namespace, must: bool = True) -> Path:
         raise ValueError(
             f"--root is {options.root}, and that variable is not set: export it, or say --root FOLDER"
         )
+    if Path(root).exists() and not Path(root).is_dir():
+        raise ValueError(f"--root: {root} is no folder")
     if must and not Path(root).is_dir():
-        raise ValueError(f"--root: there is no folder {root}")
+        raise ValueError(f"--root: there is no folder {root}; `mkdir` it, or mend DATA_ROOT")
     return Path(root)
 
 

@@ -54,6 +54,8 @@ def stream(path: Path, start: int = 0, number: int = 0) -> Iterator[Record]:
                     if ended or not cut:
                         raise _broken(path, base + error.pos, number, error.msg, ended) from None
                     more = True
+                except RecursionError:
+                    raise _broken(path, base + place, number, "nested too deeply", False) from None
                 else:
                     # A number at the end of what was read may go on.
                     more = end == len(text) and not ended

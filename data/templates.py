@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from data.words import is_text
+
 IMAGE = "<image>"
 VIDEO = "<video>"
 MOST_IMAGES = 16  # adjacent placeholders at the head of a turn that the reference keeps
@@ -79,8 +81,10 @@ def render(
 
 def _turn(turn: Mapping[str, str], number: int, has_image: bool) -> tuple[str, str]:
     role, text = turn.get("from"), turn.get("value")
-    if role is None or not isinstance(text, str):
+    if not isinstance(role, str) or not isinstance(text, str):
         raise ConversationError(f"turn {number} needs 'from' and a text in 'value'")
+    if not is_text(text):
+        raise ConversationError(f"turn {number} has half of a character (a lone surrogate) in its text")
     if has_image and text.startswith(IMAGE) and (count := text.count(IMAGE)) > MOST_IMAGES:
         text = text.replace(IMAGE * count, IMAGE * MOST_IMAGES)
     if has_image and VIDEO in text:

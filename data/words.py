@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,22 @@ _WHY = {
     errno.EISDIR: "it is a folder, not a file",
     errno.EEXIST: "it exists already",
 }
+
+
+# JSON can say half of a UTF-16 pair; no tokenizer and no file system takes it.
+_HALF = re.compile("[\ud800-\udfff]")
+
+
+def is_text(value: Any) -> bool:
+    """Whether a value is a text that can be written as UTF-8."""
+    return isinstance(value, str) and (value.isascii() or not _HALF.search(value))
+
+
+def is_path(value: Any) -> bool:
+    """Whether a value can be the path of a file."""
+    if not is_text(value) or not value or "\0" in value:
+        return False
+    return len(value) < 64 or (len(value.encode()) < 4096 and max(map(len, value.encode().split(b"/"))) < 256)
 
 
 def refused(error: OSError, near: Path | None = None) -> str:

@@ -5,30 +5,51 @@ from __future__ import annotations
 import argparse
 import difflib
 import os
+import re
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from launch import snapshot, submission
+from launch.arguments import Parser, positive
 from launch.cluster import SlurmError, jobs
-from launch.conflicts import clashes, unfit
+from launch.conflicts import clashes, unfit, without_data
 from launch.exits import FAILED, INTERRUPTED, NO_SLURM, OK, REFUSED, USAGE
 from launch.operating.status import State
 from launch.plan import EXPERIMENTS, Plan, Run, StagePlan, make, runs_folder
-from launch.reader import SpecError
+from launch.reader import SpecError, is_file, shown
 from moe.stages import STAGES
+
+EXAMPLES = """\
+examples:
+  python launch/submit.py experiments/stage3_moe.yaml --dry-run
+  python launch/submit.py experiments/stage3_moe.yaml cluster=a100 train.optim.lr=1e-5
+  python launch/submit.py experiments/stage3_moe.yaml 'sweep={moe.top_k: [1, 2]}'
+  python launch/submit.py experiments/stage3_moe.yaml stage2_instruct:train.steps=500 --from instruct
+
+exit codes: 0 fine, 1 a run failed or the disk is full, 2 the command or the specification is wrong,
+  3 SLURM refuses or does not answer, 4 over --max-gpu-hours, 130 interrupted
+"""
 
 
 def parser() -> argparse.ArgumentParser:
     """The command line of launch/submit.py."""
-    one = argparse.ArgumentParser(
+    one = Parser(
         prog="python launch/submit.py",
+        usage="python launch/submit.py SPEC [key=value ...] [options]",
         description="Submit an experiment and the stages it still needs. Repeating the command never harms.",
-        epilog="examples: experiments/stage3_moe.yaml train.optim.lr=1e-5    SPEC stage2_instruct:train.steps=500",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    one.add_argument("spec", type=Path, help="an experiment's YAML")
+    # Without a default, argparse would tell a bare command that key=value is missing too.
+    one.add_argument("spec", type=Path, nargs="?", metavar="SPEC", help="an experiment's YAML")
     one.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="settings; EXPERIMENT:key=value for one above"
+        "overrides",
+        nargs="*",
+        default=[],
+        metavar="key=value",
+        help="settings for it; EXPERIMENT:key=value for one that it starts from",
     )
     one.add_argument(
         "--dry-run", action="store_true", help="print the plan and the exact sbatch scripts, submit nothing"
@@ -36,10 +57,10 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--explain", action="store_true", help="print each setting and the line that set it")
     one.add_argument(
         "--max-gpu-hours",
-        type=float,
+        type=positive,
         default=0.0,
         metavar="H",
-        help="refuse a plan that may use more in one go",
+        help="refuse a plan that may use more GPU-hours",
     )
     one.add_argument("-y", "--yes", action="store_true", help="submit it though it is over --max-gpu-hours")
     stages = f"a stage ({', '.join(STAGES)}) or an experiment of the chain"
@@ -60,17 +81,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
             os.open(os.devnull, os.O_WRONLY), 1
         )  # `| head` has closed it; Python would complain at its exit
         return OK
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here, and submits nothing twice", file=sys.stderr)
+        return INTERRUPTED
 
 
 def _main(arguments: Sequence[str] | None) -> int:
     options = parser().parse_intermixed_args(arguments)
     if options.only and (options.first or options.last):
         return _complain("--only says both --from and --until; give it alone")
-    for text in options.overrides:
-        if "=" not in text:
-            return _complain(f"{text}: expected key=value", "a setting is written train.optim.lr=1e-5")
-    if not options.spec.is_file():
-        return _complain(f"{options.spec}: no such experiment", _near(options.spec))
+    if options.spec is None:
+        return _complain("name an experiment", _near(EXPERIMENTS / "-"))
+    if not is_file(options.spec):
+        words = "is a folder" if os.path.isdir(options.spec) else "no such experiment"
+        return _complain(f"{shown(options.spec)}: {words}", _near(options.spec))
     try:
         first, last = options.only or options.first, options.only or options.last
         plan = make(options.spec, options.overrides, first=first, last=last)
@@ -79,12 +103,17 @@ def _main(arguments: Sequence[str] | None) -> int:
             return OK
         if faults := tuple(clashes(plan)) or tuple(unfit(plan)):
             raise SpecError(faults)
+        lacking, notes = without_data(plan)
+        if lacking and not options.dry_run:
+            raise SpecError(lacking)
+        for fault in (*lacking, *notes):
+            print(f"note: {fault.message}; {fault.hint}", file=sys.stderr)
     except SpecError as error:
         print(error, file=sys.stderr)
         print(f"{len(error.faults)} fault(s); nothing was submitted", file=sys.stderr)
         return USAGE
     if options.dry_run:
-        return dry_run(plan)
+        return dry_run(plan, 0.0 if options.yes else options.max_gpu_hours)
     if plan.stages[-1].spec.cluster.executor == "local":
         return run_here(plan)
     return submit(plan, 0.0 if options.yes else options.max_gpu_hours)
@@ -99,13 +128,7 @@ def submit(plan: Plan, limit: float = 0.0) -> int:
         if blocked := _blocked(plan, states):
             return _complain(*blocked)
         print(table(plan, states))
-        hours = sum(gpu_hours(stage, states) for stage in plan.stages)
-        if limit and hours > limit:
-            print(
-                f"error: the plan may use {hours:,.1f} GPU-hours, and the limit is {limit:,.1f}",
-                file=sys.stderr,
-            )
-            print("  nothing was submitted; -y submits it all the same", file=sys.stderr)
+        if _over(plan, states, limit):
             return REFUSED
         code = snapshot.take(root)
         sent = 0
@@ -118,13 +141,13 @@ def submit(plan: Plan, limit: float = 0.0) -> int:
             sent += 1
     except SlurmError as error:
         print(f"error: SLURM: {error}", file=sys.stderr)
-        print("  what was submitted before stays; repeat the command to go on from there", file=sys.stderr)
+        print(f"  hint: {_way_out(str(error), plan)}", file=sys.stderr)
         return NO_SLURM
     except OSError as error:
         return _disk(error)
     if not sent:
         print("nothing to do: every run is done or on its way")
-    print(f"follow: python launch/runs.py --runs {root} status --watch")
+    print(f"follow: python launch/runs.py --runs {shlex.quote(str(root))} status --watch")
     return OK
 
 
@@ -154,7 +177,7 @@ def run_here(plan: Plan) -> int:
     return OK
 
 
-def dry_run(plan: Plan) -> int:
+def dry_run(plan: Plan, limit: float = 0.0) -> int:
     """Print the plan and every script that would be sent."""
     states = submission.states_of(plan, None)
     print(table(plan, states))
@@ -170,7 +193,7 @@ def dry_run(plan: Plan) -> int:
         print(f"\n# {batch.stage.experiment.name}: {' '.join(batch.command())}")
         print(batch.script(code), end="")
     print("\ndry run: nothing was submitted")
-    return OK
+    return REFUSED if _over(plan, states, limit) else OK
 
 
 def explain(plan: Plan) -> None:
@@ -238,11 +261,38 @@ def _blocked(plan: Plan, states: dict[str, State]) -> tuple[str, str] | None:
     return None
 
 
+def _over(plan: Plan, states: dict[str, State], limit: float) -> bool:
+    """Whether the plan may use more GPU-hours than the limit, 0 for none; says so."""
+    hours = sum(gpu_hours(stage, states) for stage in plan.stages)
+    if not limit or hours <= limit:
+        return False
+    print(f"error: the plan may use {hours:,.1f} GPU-hours, and the limit is {limit:,.1f}", file=sys.stderr)
+    print("  nothing was submitted; -y submits it all the same", file=sys.stderr)
+    return True
+
+
 def _near(path: Path) -> str:
-    folder = path.parent if path.parent.is_dir() else EXPERIMENTS
-    names = [file.name for file in sorted(folder.glob("*.yaml"))]
-    close = difflib.get_close_matches(path.name, names, 1, 0.5)
-    return f"did you mean {folder / close[0]}?" if close else f"{folder}/ has {', '.join(names) or 'no YAML'}"
+    """An experiment of a like name beside the path, or of this repository; or what there is."""
+    for folder in dict.fromkeys((path if os.path.isdir(path) else path.parent, EXPERIMENTS)):
+        files = [file for file in sorted(folder.glob("*.yaml")) if is_file(file) and file.stem != "base"]
+        names = {name: file for file in files for name in (file.name, file.stem)}
+        if close := difflib.get_close_matches(path.name, names, 1, 0.6):
+            return f"did you mean {shown(names[close[0]])}?"
+        if files:
+            break
+    return f"{shown(folder)}/ has {', '.join(file.name for file in files)}"
+
+
+def _way_out(said: str, plan: Plan) -> str:
+    """What to do about SLURM's answer."""
+    name = plan.stages[-1].spec.cluster.name
+    if re.search(r"not found|configuration source|fetch.config", said):
+        return "submit from a login node of the cluster; cluster=local trains on this machine"
+    wrong = r"account|partition|qos|reservation|constraint|gres|node configuration"
+    if re.search(wrong, said, re.IGNORECASE) and "limit" not in said.casefold():
+        where = f"experiments/clusters/{name}.yaml" if name else "the setting cluster"
+        return f"mend {where} (`python launch/runs.py doctor` shows what there is), and repeat the command"
+    return "what was submitted before stays; repeat the command to go on from there"
 
 
 def _complain(message: str, hint: str = "") -> int:

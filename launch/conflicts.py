@@ -1,14 +1,19 @@
-"""What stands in a plan's way on disk: folders that hold other runs, and handoffs that nothing may start from."""
+"""What stands in a plan's way on disk: folders that hold other runs, handoffs that nothing may start from, no data."""
 
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Iterator
+from pathlib import Path
 
+from data.catalog import CatalogError, annotation_path, resolve
+from launch.cluster import environment
 from launch.faults import Fault
 from launch.handoff import HandoffError, check, read
 from launch.identity import identity_of
-from launch.plan import Plan, Run
+from launch.plan import Plan, Run, StagePlan
 from launch.record import read_json
 
 
@@ -58,3 +63,63 @@ def unfit(plan: Plan) -> Iterator[Fault]:
                     str(error),
                     f"or remove {parent.folder.handoff_file}, to train {parent.name} again from its newest checkpoint",
                 )
+
+
+def without_data(plan: Plan) -> tuple[list[Fault], list[Fault]]:
+    """What is sure to end a run as it opens its data; and what only seems so from this machine."""
+    faults: list[Fault] = []
+    notes: list[Fault] = []
+    for stage in plan.stages:
+        if any(not run.folder.handoff_file.exists() for run in stage.runs):
+            sure, unsure = _data_of(stage)
+            faults += sure
+            notes += unsure
+    return list(dict.fromkeys(faults)), list(dict.fromkeys(notes))
+
+
+def _data_of(stage: StagePlan) -> tuple[list[Fault], list[Fault]]:
+    spec, layers = stage.spec, stage.experiment.layers
+    here = spec.cluster.executor == "local"
+    place, said = layers.origin("data.root"), spec.data.root
+    root = os.path.expanduser(_expanded(said, {**os.environ, **spec.cluster.env}))
+    if "$" in root:
+        fault = Fault(
+            place,
+            f"data.root is {said}, and that variable is not set",
+            "export it, or say data.root=FOLDER with the folder of the pictures and annotations",
+        )
+        return ([], [fault]) if spec.cluster.setup else ([fault], [])  # a setup line may set it
+    if not os.path.isabs(root):
+        hint = f"say data.root={os.path.abspath(root)}"
+        return [
+            Fault(place, f"data.root is {root!r}: ranks start in another folder, it must be absolute", hint)
+        ], []
+    notes = []
+    if not here and "$" in _expanded(said, {**environment(), **spec.cluster.env}):
+        hint = "say data.root=FOLDER, set it in cluster.env, or see that the nodes set it"
+        notes.append(
+            Fault(place, f"data.root is {said}: jobs do not take that variable over from this shell", hint)
+        )
+    if not os.path.isdir(root):
+        fault = Fault(
+            place, f"data.root: there is no folder {root} on this machine", "mend data.root or DATA_ROOT"
+        )
+        if here:
+            return [fault], []
+        return [], [*notes, Fault(place, fault.message, "the nodes must have it")]
+    faults = []
+    for _, point in stage.experiment.points:
+        wanted = [("data.mix", dataset.annotation) for dataset, _ in resolve(point.data.mix)]
+        for key, annotation in [*wanted, ("data.held_out", point.data.held_out)]:
+            try:
+                if annotation:
+                    annotation_path(Path(root), annotation)
+            except CatalogError as error:
+                what, _, hint = str(error).partition("; ")
+                faults.append(Fault(layers.origin(key), f"{key}: {what}", hint))
+    return faults, notes
+
+
+def _expanded(text: str, variables: dict[str, str]) -> str:
+    """The text with what is known of its variables put in."""
+    return re.sub(r"\$(\w+|\{[^}]*\})", lambda match: variables.get(match[1].strip("{}"), match[0]), text)

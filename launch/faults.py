@@ -13,6 +13,7 @@ from difflib import get_close_matches
 from launch.redact import PLANTED, redact_text
 
 COMMAND_LINE = "<command line>"
+WIDEST = 200  # characters of a line that are shown
 # What would move a terminal's cursor, or end the line.
 UNPRINTABLE = re.compile("[^\t\x20-\x7e\xa0-\u2027\u202f-\U0010ffff]")
 
@@ -48,8 +49,10 @@ class Fault:
         where = f"{at.file}:{at.line}:{at.col}" if at.line else at.file
         lines = [f"{where}: error: {message}"]
         if at.line and at.text and PLANTED not in message:  # its line is the last thing to show
-            under = re.sub(r"[^\t]", " ", at.text[: at.col - 1])
-            text = redact_text(UNPRINTABLE.sub("?", at.text))  # what is shown may end in a log
+            text, col = _around(
+                redact_text(UNPRINTABLE.sub("?", at.text)), at.col
+            )  # what is shown may end in a log
+            under = re.sub(r"[^\t]", " ", text[: col - 1])
             lines += [f"{at.line:5} | {text}", f"      | {under}^"]
         if hint:
             lines.append(f"      = hint: {hint}")
@@ -69,6 +72,15 @@ class SpecError(Exception):
 
         self.faults: tuple[Fault, ...] = tuple(sorted(once, key=order))
         super().__init__("\n".join(map(str, self.faults)))
+
+
+def _around(text: str, col: int) -> tuple[str, int]:
+    """As much of a line as can be read, and where its column is in that."""
+    if len(text) <= WIDEST:
+        return text, col
+    start = max(0, min(col - WIDEST // 2, len(text) - WIDEST))
+    before, after = "..." * (start > 0), "..." * (start + WIDEST < len(text))
+    return f"{before}{text[start : start + WIDEST]}{after}", col - start + len(before)
 
 
 def join(path: str, key: str) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 
 from launch.identity import EVERYWHERE, digest, plain
 from launch.origin import SCHEMES, Origin, OriginError, resolve
-from launch.reader import Fault, Layers, Place, SpecError
+from launch.reader import Fault, Layers, Place, Said, SpecError
 from launch.record import RunFolder
 from launch.snapshot import REPOSITORY
 from launch.spec import ExperimentSpec
@@ -106,7 +106,7 @@ class Plan:
     earlier: tuple[StagePlan, ...] = ()
 
 
-def load(file: Path, overrides: Sequence[str] = ()) -> Experiment:
+def load(file: Path, overrides: Sequence[str | Said] = ()) -> Experiment:
     """Read one experiment and each point of its sweep; raises SpecError with all faults."""
     layers = Layers.read(file, overrides, presets={"cluster": EXPERIMENTS / "clusters"})
     sweep = layers.pop("sweep")
@@ -118,7 +118,7 @@ def load(file: Path, overrides: Sequence[str] = ()) -> Experiment:
         for path, node in changes:
             if path == "gpus" or path.split(".")[0] in ("cluster", "runs", "name", "stage"):
                 fault = Fault(
-                    node.told,
+                    node.key or node.told,
                     f"sweep.{path}: the runs of one array share their {path.split('.')[0]}",
                     "write two experiments instead",
                 )
@@ -148,19 +148,19 @@ def make(file: Path, overrides: Sequence[str] = (), *, first: str = "", last: st
     An override may name the experiment of the chain it is for: `stage2_instruct:train.steps=10`. The settings in
     EVERYWHERE hold for all.
     """
-    named = [_scoped(text) for text in overrides]
-    common = [text for scope, text in named if not scope and _everywhere(text)]
+    named = [_scoped(n, text) for n, text in enumerate(overrides, 1)]
+    common = [said for said in named if not said.scope and _everywhere(said.text)]
     chain: list[StagePlan] = []
     seen: list[Path] = []
     wanted: Path | None = file
     experiments: list[tuple[Experiment, str]] = []  # with the point of its parent that it names
-    scopes = {scope for scope, _ in named if scope}
+    scopes = {said.scope: said for said in named if said.scope}
     while wanted is not None:
         seen.append(wanted.resolve())
-        stem = wanted.stem
-        mine = [text for scope, text in named if scope == stem]
-        scopes.discard(stem)
-        mine = [text for scope, text in named if not scope] + mine if wanted is file else common + mine
+        scope = f"{wanted.stem}:"
+        mine = [said for said in named if said.scope == scope]
+        scopes.pop(scope, None)
+        mine = [said for said in named if not said.scope] + mine if wanted is file else common + mine
         experiment = load(wanted, mine)
         wanted, point = _parent_file(experiment)
         if wanted is not None and wanted.resolve() in seen:
@@ -173,11 +173,11 @@ def make(file: Path, overrides: Sequence[str] = (), *, first: str = "", last: st
         raise SpecError(
             tuple(
                 Fault(
-                    Place("<command line>", 1, 1, scope),
-                    f"{scope}: no experiment of this chain",
+                    Place("<command line>", said.n, 1, scope + said.text),
+                    f"{scope} no experiment of this chain",
                     f"it has {names}",
                 )
-                for scope in sorted(scopes)
+                for scope, said in scopes.items()
             )
         )
     parents: StagePlan | None = None
@@ -210,9 +210,9 @@ def runs_folder(spec: ExperimentSpec) -> Path:
     return REPOSITORY / Path(spec.runs).expanduser()
 
 
-def _scoped(text: str) -> tuple[str, str]:
-    match = re.match(r"([\w-]+):(?=[\w.]+=)", text)
-    return (match[1], text[match.end() :]) if match else ("", text)
+def _scoped(n: int, text: str) -> Said:
+    match = re.match(r"([\w-]+:)(?=[\w.]+=)", text)
+    return Said(n, match[1], text[match.end() :]) if match else Said(n, "", text)
 
 
 def _everywhere(text: str) -> bool:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from launch.faults import COMMAND_LINE, DEFAULT, Fault, Place, SpecError, near, shorten
 from launch.fields import Typed, leaves
@@ -22,6 +22,15 @@ __all__ = ["Fault", "Layers", "Node", "Place", "SpecError"]
 T = TypeVar("T")
 Override = tuple[str, Node]  # a dotted path and what is laid there
 LONGEST = 200  # bytes of a point's name, which is a folder's
+LARGEST = 1_000_000  # bytes of a file; a sweep of 10,000 points written out has a tenth of that
+
+
+class Said(NamedTuple):
+    """A `key=value` of the command line: which it is there, and what names the experiment before it."""
+
+    n: int
+    scope: str
+    text: str
 
 
 class Files:
@@ -86,21 +95,24 @@ class Files:
                 entries[key] = Node(node.place, named, node.key, whole=True)
         return Node(root.place, entries, root.key)
 
-    def argument(self, n: int, text: str) -> Override | None:
-        """The n-th `key=value` of the command line."""
+    def argument(self, said: Said) -> Override | None:
+        """One `key=value` of the command line."""
+        n, scope, text = said
         clean = text.encode("utf-8", "replace").decode()  # bytes that are no UTF-8 come as lone surrogates
         path, equals, value = clean.partition("=")
-        place = Place(COMMAND_LINE, n, 1, " ".join(clean.splitlines()))
+        place = Place(COMMAND_LINE, n, 1, scope + " ".join(clean.splitlines()))
         before = len(self.faults)
         if clean != text:
             self.tell(place, "is not UTF-8 text")
         elif not equals or not re.fullmatch(r"[^\s.=]+(\.[^\s.=]+)*", path):
-            self.tell(place, f"expected key=value, got {shorten(clean)}", "write it like train.steps=100")
+            again = is_file(Path(clean))
+            hint = "one experiment at a time" if again else "write it like train.steps=100"
+            self.tell(place, f"expected key=value, got {shorten(clean)}", hint)
         elif path.split(".")[0] == "inherits":
             self.tell(place, "inherits: a file says what it inherits; the command line cannot")
         elif not value:
             return path, Node(place, "", place)
-        elif node := Text(value, COMMAND_LINE, self.faults, (n, path)).read():
+        elif node := Text(value, COMMAND_LINE, self.faults, (n, scope + path)).read():
             return path, node.at(place)
         elif len(self.faults) == before:
             self.tell(place, f"{path}: no value", "to YAML this is a comment; put it in quotes")
@@ -112,7 +124,13 @@ class Files:
             self.names.append(name)
         data = b""
         try:
-            data = path.read_bytes()
+            with path.open("rb") as file:
+                data = file.read(LARGEST + 1)
+            if len(data) > LARGEST:
+                self.tell(
+                    Place(name), f"is over {LARGEST // 1_000_000} MB: no specification", "name another file"
+                )
+                return None
             return data.decode("utf-8-sig")
         except UnicodeDecodeError as error:
             # The codec counts from behind the byte order mark.
@@ -152,7 +170,7 @@ class Layers:
     def read(
         cls,
         path: Path,
-        overrides: Sequence[str] = (),
+        overrides: Sequence[str | Said] = (),
         search: Sequence[Path] = (),
         presets: Mapping[str, Path] | None = None,
     ) -> Layers:
@@ -183,12 +201,13 @@ class Layers:
         self._taken = (*self._taken, key)
         return node
 
-    def override(self, changes: Sequence[str | Override]) -> Layers:
+    def override(self, changes: Sequence[str | Said | Override]) -> Layers:
         """A new tree with `a.b=value`s, or paths with nodes, laid over this one, sections first."""
         files = self._files.fork()
         laid: dict[str, Node] = {}
         for n, change in enumerate(changes, 1):
-            path, node = (files.argument(n, change) if isinstance(change, str) else change) or ("", None)
+            said = Said(n, "", change) if isinstance(change, str) else change
+            path, node = (files.argument(said) if isinstance(said, Said) else said) or ("", None)
             if node and path in laid:
                 files.tell(node.key or node.place, f"{path}: said twice", "keep one")
             elif node:
@@ -269,7 +288,8 @@ def collect_axes(node: Node, name: str, path: str, axes: dict[str, Node], faults
         faults.append(Fault(node.told, f"{name}: expected settings with lists of values, got {got(node)}"))
     elif not node.items:
         message = f"{where}: expected a list of values, got {got(node)}"
-        faults.append(Fault(node.told, message, f"write {path}: [{'...' if node.entries else node}]"))
+        some = isinstance(node.value, str) and node.value
+        faults.append(Fault(node.told, message, f"write {path}: [{some or '...'}]"))
     else:
         axes[path] = node
         for n, item in enumerate(node.items):

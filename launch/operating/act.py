@@ -157,8 +157,6 @@ def _noted(line: Line, *command: str) -> str:
 
 def throttle(chosen: Sequence[RunFolder], options: argparse.Namespace) -> int:
     """Limit how many elements of the runs' arrays may run at a time, now and from now on."""
-    if options.limit < 0:
-        return complain(f"{options.limit}: a limit is a number of runs, 0 for none")
     seen = look(chosen, options.runs)
     if seen.why:
         return _slurm(f"{seen.why}; nothing was changed")

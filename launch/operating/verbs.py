@@ -10,6 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from launch.arguments import Parser, positive, whole
 from launch.exits import INTERRUPTED, OK, USAGE
 from launch.operating.address import HELP, choose
 from launch.record import find_runs
@@ -19,14 +20,33 @@ from launch.snapshot import REPOSITORY
 CHANGING = ("cancel", "requeue", "resubmit", "throttle", "explain", "diff", "logs")
 
 
+EXAMPLES = """\
+examples:
+  python launch/runs.py status --watch
+  python launch/runs.py explain stage3_moe
+  python launch/runs.py logs 4242_3 -f
+  python launch/runs.py cancel '*/lr=1e-5'
+
+exit codes: 0 fine, 1 a run failed, 2 the command is wrong, 3 SLURM refuses or does not answer,
+  4 over a limit, 130 interrupted
+"""
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line of launch/runs.py."""
-    one = argparse.ArgumentParser(
+    one = Parser(
         prog="python launch/runs.py",
-        description="Look at runs, explain and change them.",
-        epilog="exit codes: 0 fine, 1 a run failed, 2 a wrong command, 3 SLURM does not answer, 4 over a limit",
+        description="Look at runs, explain and change them. VERB --help tells more of one.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    one.add_argument("--runs", type=Path, default=REPOSITORY / "runs", help="the folder of run folders")
+    one.add_argument(
+        "--runs",
+        type=Path,
+        default=REPOSITORY / "runs",
+        metavar="FOLDER",
+        help="the folder of run folders; default: this repository's runs/",
+    )
     verbs = one.add_subparsers(dest="verb", required=True, metavar="VERB")
 
     def verb(name: str, text: str, runs: str = "") -> argparse.ArgumentParser:
@@ -34,6 +54,7 @@ def parser() -> argparse.ArgumentParser:
         if runs:
             found.add_argument("run", nargs=None if runs == "1" else runs, help=HELP)
         found.add_argument("--json", action="store_true", help="print JSON")
+        found.add_argument("--runs", type=Path, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
         return found
 
     def changes(found: argparse.ArgumentParser) -> None:
@@ -42,14 +63,16 @@ def parser() -> argparse.ArgumentParser:
     verb("list", "name the runs, one a line", "*")
     found = verb("status", "the state of each run: step, loss, attempts, where and why", "*")
     found.add_argument("--watch", action="store_true", help="again and again, until no run is open")
-    found.add_argument("--every", type=float, default=15.0, metavar="SECONDS", help="how often with --watch")
+    found.add_argument(
+        "--every", type=positive, default=15.0, metavar="SECONDS", help="how often with --watch; default 15"
+    )
     found.add_argument("--cost", action="store_true", help="GPU-hours so far, and where the time went")
     found.add_argument("--exit-code", action="store_true", help="exit with 1 unless all are done")
     verb("explain", "why a run waits, was restarted, has failed or is held; in sentences with times", "1")
     found = verb("logs", "a run's log: that of the rank that failed first, else rank 0's", "?")
-    found.add_argument("-f", "--follow", action="store_true")
+    found.add_argument("-f", "--follow", action="store_true", help="print what is added, until the run ends")
     found.add_argument("--attempt", default="", help="its name, or its number from 0; default: the newest")
-    found.add_argument("--rank", type=int, default=None)
+    found.add_argument("--rank", type=whole(0), default=None, metavar="N", help="this rank's, from 0")
     found.add_argument("--grep", default="", metavar="PATTERN", help="lines that match a regular expression")
     found = verb(
         "diff", "how a run differs from an experiment or another run, and what that means for it", "1"
@@ -69,13 +92,15 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--same-code", action="store_true", help="with the code they had, not this checkout's")
     changes(found)
     found = verb("throttle", "limit how many runs of an array run at a time", "+")
-    found.add_argument("limit", type=int, help="the number; 0 for no limit")
+    found.add_argument("limit", type=whole(0), help="the number; 0 for no limit")
     found = verb("wait", "wait until no run is open; exit code 1 when one is not done then", "*")
-    found.add_argument("--every", type=float, default=15.0, metavar="SECONDS", help="how often to ask")
+    found.add_argument("--every", type=positive, default=15.0, metavar="SECONDS", help="how often to ask")
     found.add_argument("--timeout", type=float, default=0.0, metavar="SECONDS", help="0: for ever")
     found = verb("sync", "send W&B what nodes without a network recorded; on the login node", "*")
     found.add_argument("--watch", action="store_true", help="again and again, running runs' rows included")
-    found.add_argument("--every", type=float, default=60.0, metavar="SECONDS", help="how often with --watch")
+    found.add_argument(
+        "--every", type=positive, default=60.0, metavar="SECONDS", help="how often with --watch"
+    )
     found = verb("report", "a page to read and to mail: curves, router balance, time, attempts, answers", "+")
     found.add_argument("--out", type=Path, metavar="FILE", help="default: report.html beside the runs")
     verb("dashboard", "make or update the runs' saved workspace and report on W&B", "+")
@@ -83,9 +108,9 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("spec", type=Path, help="the experiment's YAML")
     found.add_argument("overrides", nargs="*", metavar="key=value", help="settings over the YAML's")
     found.add_argument("--kinds", default="", metavar="A,B", help="only these faults; default: all")
-    found.add_argument("--save-every", type=int, default=10, metavar="STEPS")
+    found.add_argument("--save-every", type=whole(1), default=10, metavar="STEPS", help="default 10")
     found.add_argument("--compare", action="store_true", help="train it undisturbed too; compare the weights")
-    found.add_argument("--seed", type=int, default=0, help="which ranks are struck")
+    found.add_argument("--seed", type=whole(0), default=0, metavar="N", help="which ranks are struck")
     found = verb("doctor", "read the cluster's settings, and say what each means for these runs")
     found.add_argument("--write", default="", metavar="NAME", help="write experiments/clusters/NAME.yaml")
     found.add_argument("--partition", default="", help="the partition for the preset; default: most GPUs")

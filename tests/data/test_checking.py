@@ -149,7 +149,7 @@ def test_all_planted_defects_are_found_and_none_is_invented(root: Path) -> None:
 
 def test_all_kinds_are_planted_somewhere(root: Path) -> None:
     kinds = {kind for kind, _ in planted(root)[1]}
-    elsewhere = {"file-missing", "file-torn", "rows", "plain-turns", "encoding"}
+    elsewhere = {"file-missing", "file-torn", "file-empty", "rows", "plain-turns", "encoding"}
     assert kinds | elsewhere == set(KINDS)
 
 
@@ -170,6 +170,8 @@ def test_files_are_judged_too(root: Path) -> None:
     assert [finding.kind for finding in result.findings] == ["empty-conversation", "file-torn"]
     assert "record 1: not valid JSON" in list(result.findings)[1].detail
     assert [finding.kind for finding in run(root, "none.json").findings] == ["file-missing"]
+    write(root, "empty.json", [])
+    assert [finding.kind for finding in run(root, "empty.json").findings] == ["file-empty"]
     write(root, "nlp_tune.json", [record("A?", "B.")])
     kinds = [(finding.kind, finding.detail) for finding in run(root, "nlp").findings]
     assert kinds == [("rows", "1 records, the catalog says 40,688")]

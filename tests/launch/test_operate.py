@@ -209,7 +209,10 @@ def test_throttle_limits_the_array_once(runs: Path, path: str, tmp_path: Path) -
     assert (tmp_path / "bin" / "called").read_text() == "scontrol update JobId=100 ArrayTaskThrottle=3\n"
     assert call(runs, "throttle", "sweep", "0", path=path).stdout == "array 100: no limit\n"
     assert "nothing to throttle" in call(runs, "throttle", "done", "3", path=path).stdout
-    assert "-1: a limit is a number of runs" in call(runs, "throttle", "sweep", "--", "-1", path=path).stderr
+    assert (
+        "limit: expected a whole number from 0 on, got '-1'"
+        in call(runs, "throttle", "sweep", "--", "-1", path=path).stderr
+    )
 
 
 def test_wait_ends_when_nothing_is_open(runs: Path, path: str) -> None:

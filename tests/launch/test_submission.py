@@ -204,7 +204,7 @@ def test_the_jobs_code_is_the_snapshot_of_what_was_submitted(tmp_path: Path, slu
         (["--only", "elsewhere"], 2, "elsewhere: no stage of this chain"),
         (["--from", "moe", "--until", "align"], 2, "nothing lies from moe until align"),
         (["--only", "moe"], 2, "starts from s2/run, which is new"),
-        (["--wrong"], 2, "unrecognized arguments: --wrong"),
+        (["--wrong"], 2, "--wrong: no such option"),
     ],
 )
 def test_what_a_wrong_command_says(
