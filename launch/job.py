@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from launch import caches
 from launch.preemption import Preemption
 from launch.record import RunFolder, read_json, write_json
 from launch.recovery.causes import kind
@@ -84,6 +85,7 @@ class StageJob:
             folder.note("launched", attempt=place.attempt, node=place.node, job_started=job_started)
         try:
             self._check_code(Path(plan["code"]))
+            os.environ.update(caches.on_node(Path(plan["code"]).name))
             limits = Limits.of(read_json(folder.spec_file) or {})
             pulse = Pulse(folder.logs(place.attempt), place.rank, place.node, min(5.0, limits.every))
             from launch.stage import run_stage

@@ -253,6 +253,13 @@ def _environment(site: Site, partition: Partition) -> Iterator[Fact]:
             if accounts
             else f"SLURM wants an account, and {site.user} has none here: sbatch will refuse; ask the administrators",
         )
+    else:
+        yield Fact(
+            "AccountingStorageEnforce",
+            enforced or "none",
+            "ok",
+            "SLURM takes any account and QOS, in sbatch as in its --test-only: a misspelt one is nobody's error here",
+        )
     if partition.accounts and not set(partition.accounts) & set(accounts):
         allowed = ", ".join(partition.accounts)
         means = (

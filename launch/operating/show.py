@@ -12,7 +12,7 @@ from pathlib import Path
 
 from launch import cluster
 from launch.exits import FAILED, NO_SLURM, OK
-from launch.operating import ledger
+from launch.operating import ledger, shared
 from launch.operating.address import name
 from launch.operating.status import OPEN, Batches, State, job_of, judge, read_batch
 from launch.operating.survey import Facts, survey
@@ -45,15 +45,15 @@ class Look:
     why: str  # SLURM was needed and not heard; empty otherwise
 
 
-def look(chosen: Sequence[RunFolder], root: Path, *, accounting: bool = True) -> Look:
-    """The runs' states, with at most one squeue and one sacct."""
+def look(chosen: Sequence[RunFolder], root: Path, *, accounting: bool = True, age: float = 0.0) -> Look:
+    """The runs' states, with at most one squeue and one sacct; the queue may be `age` s old, where others asked."""
     every = survey(chosen, root)
     batches: Batches = {}
     asked = [f for f in every if f.done is None and f.batch and "pid" not in read_batch(f.batch, batches)]
     queue, why = None, ""
     if asked:
         try:
-            queue = cluster.jobs()
+            queue = shared.jobs(root, age)
         except cluster.SlurmError as error:
             why = str(error)
     lines = []
@@ -92,7 +92,7 @@ def list_(chosen: Sequence[RunFolder], options: argparse.Namespace) -> int:
 def status(chosen: Sequence[RunFolder], options: argparse.Namespace) -> int:
     """Print the table, once or again and again."""
     while True:
-        seen = look(chosen, options.runs)
+        seen = look(chosen, options.runs, age=options.every / 2 if options.watch else 0.0)
         lines, why = seen.lines, seen.why
         costs = [ledger.of(line.folder, line.state) for line in lines] if options.cost else []
         if options.json:
@@ -163,7 +163,7 @@ def wait(chosen: Sequence[RunFolder], options: argparse.Namespace) -> int:
     told = ""
     while True:
         limbo.look(options.runs)
-        seen = look(chosen, options.runs)
+        seen = look(chosen, options.runs, age=options.every / 2)
         lines, why = seen.lines, seen.why
         if why and why != told:
             print(f"warning: SLURM: {why}; asking again every {options.every:g} s", file=sys.stderr)

@@ -96,6 +96,21 @@ def test_status_tells_each_state(runs: Path, path: str) -> None:
     assert "n[1-2]" in text
 
 
+def test_many_who_watch_ask_slurm_once_and_one_look_asks_it_always(runs: Path, path: str) -> None:
+    asked = Path(path.partition(":")[0], "asked")
+    for _ in range(3):
+        call(runs, "wait", "--timeout", "0.1", "--every", "60", path=path)
+    assert asked.read_text().split().count("squeue") <= 2  # and one whether something is held
+    first = asked.read_text().split().count("squeue")
+    text = call(runs, "status", path=path).stdout
+    assert asked.read_text().split().count("squeue") == first + 1
+    assert "n[1-2]" in text
+    kept = next(runs.glob(".queue_*.json"))
+    kept.write_text(kept.read_text().replace('"time": 1', '"time": -1'))  # long ago
+    call(runs, "wait", "--timeout", "0.1", "--every", "60", path=path)
+    assert asked.read_text().split().count("squeue") == first + 2
+
+
 def test_without_slurm_what_was_submitted_is_unknown_and_the_rest_is_told(runs: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     done = call(runs, "status", "--json", path=str(tmp_path / "empty"))

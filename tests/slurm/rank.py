@@ -33,7 +33,8 @@ def run_stage(
     act, _, rank = acts[min(number, len(acts) - 1)].partition(" ")
     facts: dict[str, Any] = {"attempt": place.attempt, "world": place.world, "node": place.node}
     if place.rank == 0:
-        folder.note("start", **facts, number=number, ends=ends(), act=act)
+        cache = os.environ.get("TRITON_CACHE_DIR", "")
+        folder.note("start", **facts, number=number, ends=ends(), act=act, cache=cache)
     for step in range(1, 100_000):
         pulse("data", step)
         pulse("step", step)

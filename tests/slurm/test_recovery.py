@@ -94,6 +94,7 @@ def test_a_hang_and_a_lost_rank_are_named_waited_out_and_their_node_avoided(
     # The walltime's end is known on the node.
     start = run.of("start")[0]
     assert start["ends"] == pytest.approx(start["time"] + 1200, abs=30)
+    assert start["cache"].endswith(f"/{ROOT.name}/triton")  # on the node, not in the shared home
 
     slurm.wait(lambda: len(run.of("verdict")) >= 3, 60, nudge=True)
     second = run.verdicts(3)[2]
