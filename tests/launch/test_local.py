@@ -128,12 +128,13 @@ def test_a_killed_submitter_leaves_a_run_that_the_next_one_follows(
 
 @pytest.mark.slow
 def test_an_error_on_a_rank_ends_in_words(
-    start: Callable[..., subprocess.Popen[str]], folder: RunFolder
+    start: Callable[..., subprocess.Popen[str]], folder: RunFolder, tmp_path: Path
 ) -> None:
-    failed = start("data.mix=nowhere.json")
+    (tmp_path / "torn.json").write_text('[{"id":')
+    failed = start(f"data.mix={tmp_path / 'torn.json'}")
     said, complained = failed.communicate(timeout=600)
     assert failed.returncode == 1
-    assert "nowhere.json" in complained
+    assert "torn.json, line 1, byte 7, record 0: not valid JSON" in complained
     assert "log: " in complained
     assert "Traceback" not in said + complained
     # What the data lack, they lack on a second attempt too.
