@@ -1,6 +1,8 @@
-"""Digests of files by pieces of a megabyte: several threads can take them, and what is read of a file can be checked.
+"""Digests of files by pieces of some megabytes: several threads can take them, and what is read of a file can be
+checked.
 
-A file's digest is that of its pieces' digests, one after the other. Standard library only but for xxhash.
+A file's digest is that of its pieces' digests, one after the other; it says how long these are, so that another
+length reads as well. Standard library only but for xxhash.
 """
 
 from __future__ import annotations
@@ -18,7 +20,10 @@ try:  # 10 times faster than the standard library's, and enough against faults o
 except ImportError:
     xxhash = None
 
-PIECE = 1 << 20  # bytes: stays in a core's cache between being read and being digested
+# Bytes of a piece. While a save is written beside a training loop, each of its calls has to wait for the
+# interpreter, up to 5 ms: few long ones.
+PIECE = 8 << 20
+STRIDE = 512 << 10  # bytes: stay in a core's cache between being read and being digested
 BATCH = 16 << 20  # bytes a thread takes at once
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -93,27 +98,28 @@ def check(path: Path, said: str, size: int) -> bool | None:
     new, length, value = found
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        spans = [(first, min(first + BATCH, size)) for first in range(0, size, BATCH)]
+        batch = max(1, BATCH // length) * length
+        spans = [(first, min(first + batch, size)) for first in range(0, size, batch)]
 
         def pieces(span: tuple[int, int]) -> bytes:
-            return b"".join(new(data).digest() for data in _pieces(descriptor, *span, length))
+            return b"".join(_pieces(descriptor, new, *span, length))
 
         return bool(new(b"".join(spread(pieces, spans))).hexdigest() == value)
     finally:
         os.close(descriptor)
 
 
-def _pieces(descriptor: int, first: int, last: int, length: int) -> Iterator[memoryview]:
-    buffer = memoryview(bytearray(length))
-    for place in range(first, last, length):
-        want = min(length, last - place)
-        got = 0
-        while got < want:
-            count = os.preadv(descriptor, [buffer[got:want]], place + got)
+def _pieces(descriptor: int, new: Callable[..., Any], first: int, last: int, length: int) -> Iterator[bytes]:
+    buffer = memoryview(bytearray(min(STRIDE, length)))
+    for begin in range(first, last, length):
+        hasher, place, end = new(), begin, min(begin + length, last)
+        while place < end:
+            count = os.preadv(descriptor, [buffer[: end - place]], place)
             if not count:
                 return  # shorter than it was: the digest will differ
-            got += count
-        yield buffer[:want]
+            hasher.update(buffer[:count])
+            place += count
+        yield hasher.digest()
 
 
 def spread(work: Callable[[Task], Result], tasks: Iterable[Task]) -> list[Result]:

@@ -7,6 +7,7 @@ name, a kind and a range of the whole flattened tensor; two layouts differ only 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -44,31 +45,30 @@ class Fragment(
 
 def held(model: nn.Module, optimizer: Any, adam: torch.optim.Optimizer, groups: Groups) -> list[Fragment]:
     """All state this rank holds, in the order it lies in memory where DeepSpeed has flattened it."""
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    pieces: list[Fragment] = []
-    for parameter, master, moments, start, replicated in _trained(model, optimizer, adam):
-        whole = _place(names[id(parameter)], MASTER, parameter, groups)
-        base = 0 if hasattr(parameter, "ds_tensor") else whole.start
-        whole = whole._replace(start=base + start, tensor=master)
-        whole = whole if replicated else whole._replace(replica=0, replicas=1)
-        pieces.append(whole)
-        pieces += [
-            whole._replace(kind=kind, tensor=moment) for kind, moment in zip(MOMENTS, moments, strict=True)
-        ]
-    pieces.sort(
-        key=lambda piece: (piece.kind != MASTER, piece.kind)
-    )  # stable: each kind is one run of memory
-    return pieces + frozen(model, groups)
+    named = list(model.named_parameters())
+    names = {id(parameter): name for name, parameter in named}
+    by_kind: dict[str, list[Fragment]] = {kind: [] for kind in (MASTER, *MOMENTS)}  # each one run of memory
+    for parameter, parts, start, replicated in _trained(model, optimizer, adam):
+        name = names[id(parameter)]
+        shape, base, replica, replicas = _place(parameter, groups)
+        if not replicated:
+            replica, replicas = 0, 1
+        for (kind, pieces), part in zip(by_kind.items(), parts, strict=True):
+            pieces.append(Fragment(name, kind, shape, base + start, part, replica, replicas))
+    return [piece for pieces in by_kind.values() for piece in pieces] + _frozen(model, named, groups)
 
 
 def frozen(model: nn.Module, groups: Groups) -> list[Fragment]:
     """The parameters that do not train, and the buffers a state dict keeps."""
-    tensors: dict[str, Tensor] = {n: p for n, p in model.named_parameters() if not p.requires_grad}
-    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    return _frozen(model, list(model.named_parameters()), groups)
+
+
+def _frozen(model: nn.Module, named: list[tuple[str, nn.Parameter]], groups: Groups) -> list[Fragment]:
+    tensors: dict[str, Tensor] = {name: tensor for name, tensor in named if not tensor.requires_grad}
     kept = model.state_dict(keep_vars=True)
-    tensors |= {name: tensor for name, tensor in kept.items() if name not in parameters}
+    tensors |= {name: tensor for name, tensor in kept.items() if not isinstance(tensor, nn.Parameter)}
     return [
-        _place(name, FROZEN, tensor, groups) for name, tensor in tensors.items() if torch.is_tensor(tensor)
+        _whole(name, FROZEN, tensor, groups) for name, tensor in tensors.items() if torch.is_tensor(tensor)
     ]
 
 
@@ -76,7 +76,7 @@ def weights(model: nn.Module, groups: Groups) -> list[Fragment]:
     """Every parameter and buffer of a model no engine has touched yet, as kind MASTER or FROZEN may fill
     it.
     """
-    own = [_place(name, MASTER, parameter, groups) for name, parameter in model.named_parameters()]
+    own = [_whole(name, MASTER, parameter, groups) for name, parameter in model.named_parameters()]
     names = {piece.name for piece in own}
     return own + [piece for piece in frozen(model, groups) if piece.name not in names]
 
@@ -105,9 +105,9 @@ def refresh(optimizer: Any, adam: torch.optim.Optimizer) -> None:
     """Copy the fp32 masters into the weights the model computes with, and gather these where they are cut
     up.
     """
-    if hasattr(optimizer, "update_lp_params"):  # BF16_Optimizer
-        optimizer.update_lp_params()
-    elif hasattr(optimizer, "parallel_partitioned_bit16_groups"):  # ZeRO 1 and 2
+    if hasattr(
+        optimizer, "parallel_partitioned_bit16_groups"
+    ):  # ZeRO 1 and 2; its own way copies on one thread
         for group, parts in enumerate(optimizer.parallel_partitioned_bit16_groups):
             ranks = optimizer.real_dp_process_group[group]
             mine = parts[dist.get_rank(ranks)]
@@ -116,6 +116,8 @@ def refresh(optimizer: Any, adam: torch.optim.Optimizer) -> None:
                 dist.all_gather_into_tensor(
                     optimizer.bit16_groups_flat[group].data, mine.data.clone(), group=ranks
                 )
+    elif hasattr(optimizer, "update_lp_params"):  # BF16_Optimizer
+        optimizer.update_lp_params()
     elif hasattr(optimizer, "fp32_partitioned_groups_flat"):  # ZeRO 3
         for group in range(len(optimizer.fp32_partitioned_groups_flat)):
             optimizer._reassign_or_swap_out_partitioned_parameters(group)
@@ -156,44 +158,45 @@ def masters(optimizer: Any, adam: torch.optim.Optimizer) -> list[Tensor]:
     return cut if cut is not None else [tensor for group in adam.param_groups for tensor in group["params"]]
 
 
-Trained = tuple[nn.Parameter, Tensor, list[Tensor], int, bool]
+Trained = tuple[nn.Parameter, list[Tensor], int, bool]
 
 
 def _trained(model: nn.Module, optimizer: Any, adam: torch.optim.Optimizer) -> Iterator[Trained]:
-    """Parameter, its fp32 part here, Adam's averages of that, where in it the part begins, whether
+    """Parameter, its parts here of the fp32 copy and of Adam's averages, where in it they begin, whether
     replicated.
     """
     flat_groups = getattr(optimizer, "bit16_groups", None) or getattr(optimizer, "bf16_groups", None)
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):  # ZeRO 3: each parameter cut evenly over all ranks
+        flats = [_state(flat, adam) for flat in optimizer.fp32_partitioned_groups_flat]
         for parameter in (p for p in model.parameters() if p.requires_grad):
             group, first, _ = optimizer.grad_position[optimizer.get_param_id(parameter)]
-            flat = optimizer.fp32_partitioned_groups_flat[group]
             start, count = _part(parameter)
-            cut = slice(first, first + count)
-            moments = [adam.state[flat][kind][cut] for kind in MOMENTS]
-            yield parameter, flat.detach()[cut], moments, start, False
+            yield parameter, [flat[first : first + count] for flat in flats[group]], start, False
         return
     if flat_groups is not None:  # ZeRO 1 and 2: one flat fp32 tensor a group, cut evenly over its ranks
         for group, parameters in enumerate(flat_groups):
-            flat = adam.param_groups[group]["params"][0]
+            flats = [_state(adam.param_groups[group]["params"][0], adam)]
             for parameter in parameters:
                 mapping = parameter._hp_mapping
                 if mapping is None:  # no part of it is here
                     continue
                 here, there = mapping.hp_fragment_address, mapping.lp_fragment_address
-                cut = slice(here.start, here.start + here.numel)
-                moments = [adam.state[flat][kind][cut] for kind in MOMENTS]
-                yield parameter, flat.detach()[cut], moments, there.start, False
+                last = here.start + here.numel
+                yield parameter, [flat[here.start : last] for flat in flats[0]], there.start, False
     elif hasattr(optimizer, "fp32_groups"):  # bf16 without ZeRO
         for low, high in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
             for parameter, master in zip(low, high, strict=True):
-                moments = [adam.state[master][kind].view(-1) for kind in MOMENTS]
-                yield parameter, master.detach().view(-1), moments, 0, True
+                yield parameter, _state(master, adam), 0, True
     else:
         for parameter in model.parameters():
             if parameter.requires_grad:
-                moments = [adam.state[parameter][kind].view(-1) for kind in MOMENTS]
-                yield parameter, parameter.detach().view(-1), moments, 0, True
+                yield parameter, _state(parameter, adam), 0, True
+
+
+def _state(master: Tensor, adam: torch.optim.Optimizer) -> list[Tensor]:
+    """A tensor Adam updates and its averages, flat."""
+    averages = adam.state[master]
+    return [master.detach().view(-1), *(averages[kind].view(-1) for kind in MOMENTS)]
 
 
 def _part(parameter: Any) -> tuple[int, int]:
@@ -202,24 +205,30 @@ def _part(parameter: Any) -> tuple[int, int]:
     return start, max(0, min(parameter.partition_numel(), parameter.ds_numel - start))
 
 
-def _place(name: str, kind: str, tensor: Tensor, groups: Groups) -> Fragment:
-    """A whole local tensor as a part of the one that all experts' ranks make up."""
-    cut: Any = tensor
-    if hasattr(cut, "ds_tensor"):  # ZeRO 3
-        start, count = _part(cut)
-        return Fragment(name, kind, tuple(cut.ds_shape), start, cut.ds_tensor.detach().view(-1)[:count])
-    flat = tensor.detach().view(-1)
+def _place(tensor: Any, groups: Groups) -> tuple[tuple[int, ...], int, int, int]:
+    """Of a local tensor: the shape of the whole that all experts' ranks make up, where in it this begins (but
+    for ZeRO 3's cut), which of the ranks that hold the same this is, and how many there are.
+    """
+    if hasattr(tensor, "ds_tensor"):  # ZeRO 3
+        return tuple(tensor.ds_shape), 0, 0, 1
+    shape = tuple(tensor.shape)
     if groups.expert_parallel > 1 and isinstance(tensor, nn.Parameter) and is_expert(tensor):
-        rest = tuple(tensor.shape[1:])
-        each = flat.numel() // tensor.shape[0]
-        copies = groups.world // groups.expert_parallel
-        return Fragment(
-            name,
-            kind,
-            (tensor.expert_total, *rest),  # type: ignore[attr-defined]
-            tensor.expert_offset * each,  # type: ignore[attr-defined]
-            flat,
+        whole = (tensor.expert_total, *shape[1:])  # type: ignore[attr-defined]
+        first: int = tensor.expert_offset * math.prod(shape[1:])  # type: ignore[attr-defined]
+        return (
+            whole,
+            first,
             groups.rank // groups.expert_parallel,
-            copies,
+            groups.world // groups.expert_parallel,
         )
-    return Fragment(name, kind, tuple(tensor.shape), 0, flat, groups.rank, groups.world)
+    return shape, 0, groups.rank, groups.world
+
+
+def _whole(name: str, kind: str, tensor: Tensor, groups: Groups) -> Fragment:
+    """All that is here of a tensor."""
+    shape, start, replica, replicas = _place(tensor, groups)
+    flat: Any = tensor.detach()
+    if hasattr(tensor, "ds_tensor"):  # ZeRO 3
+        start, count = _part(tensor)
+        flat = tensor.ds_tensor.detach().view(-1)[:count]
+    return Fragment(name, kind, shape, start, flat.view(-1), replica, replicas)

@@ -130,6 +130,7 @@ class Index(dict[tuple[str, str], Stored]):
     def read(path: Path, record: dict[str, Any]) -> Index:
         """Merge what all ranks wrote. Raises CheckpointError or OSError."""
         index = Index(path, record)
+        dtypes: dict[str, torch.dtype] = {}
         for rank in range(record["world"]):
             name = f"index_{rank:05d}.json"
             text = (path / name).read_bytes()
@@ -141,11 +142,14 @@ class Index(dict[tuple[str, str], Stored]):
                     continue
                 for tensor, kinds in names.items():
                     for kind, (dtype, shape, *ranges) in kinds.items():
-                        stored = index.get((tensor, kind))
+                        key = (tensor, kind)
+                        stored = index.get(key)
                         if stored is None:
-                            stored = Stored(getattr(torch, dtype), tuple(shape), [])
-                            index[tensor, kind] = stored
-                        stored.ranges.extend((start, stop, file, offset) for start, stop, offset in ranges)
+                            if dtype not in dtypes:
+                                dtypes[dtype] = getattr(torch, dtype)
+                            stored = index[key] = Stored(dtypes[dtype], tuple(shape), [])
+                        for start, stop, offset in ranges:
+                            stored.ranges.append((start, stop, file, offset))
         for stored in index.values():
             if len(stored.ranges) > 1:
                 stored.ranges.sort(key=lambda entry: entry[:2])

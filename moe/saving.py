@@ -68,7 +68,7 @@ class Save:
                 still = sorted(
                     (p for p in pieces if p.kind == FROZEN), key=lambda p: -p.tensor.element_size()
                 )
-                self._index = layout(state, self._name("state")) | layout(still, self._name("frozen"))
+                self._laid_out = state, still
                 self._random = randomness.state()
             self._state: Iterable[memoryview] = runs(state)
             self._still = runs(still)
@@ -105,8 +105,8 @@ class Save:
                 name = self._name("frozen")
                 self._files[name], frozen = self._write_frozen(writer, self.partial / name)
                 self.frozen = (name, self._files[name], frozen)
-                self._index[PIECES] = {self._name("state"): state, name: frozen}
-                for kind, content in (("index", self._index), ("random", self._random)):
+                index = self._index() | {PIECES: {self._name("state"): state, name: frozen}}
+                for kind, content in (("index", index), ("random", self._random)):
                     name = f"{kind}_{self.rank:05d}.json"
                     text = json.dumps(content, separators=(",", ":")).encode()
                     self._files[name], _ = writer.write(self.partial / name, [memoryview(text)])
@@ -115,6 +115,11 @@ class Save:
             self._error = f"{name}: {error.strerror or error}"
         except Exception as error:
             self._error = f"{name}: {type(error).__name__}: {error}"
+
+    def _index(self) -> dict[str, Any]:
+        """What lies where; made here, while the training loop goes on."""
+        state, still = self._laid_out
+        return layout(state, self._name("state")) | layout(still, self._name("frozen"))
 
     def _write_frozen(self, writer: storage.Writer, path: Path) -> tuple[dict[str, Any], str]:
         """Frozen weights never change, so the save before the last has them on disk already: one more name

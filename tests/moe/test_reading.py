@@ -41,6 +41,7 @@ def test_any_ranges_come_back_whatever_the_pieces(
         piece = draw(st.sampled_from([8, 64, 1024]))
         patch.setattr(digests, "PIECE", piece)
         patch.setattr(digests, "BATCH", piece * draw(st.integers(1, 3)))
+        patch.setattr(digests, "STRIDE", draw(st.sampled_from([5, 32, 4096])))
         kinds = sorted(
             draw(st.lists(st.sampled_from(DTYPES), min_size=1, max_size=5)), key=lambda d: -d.itemsize
         )
@@ -74,9 +75,30 @@ def test_a_flipped_bit_is_found_where_it_is_read_and_nowhere_else(
     with pytest.raises(Damaged, match=r"the contents of f\.bin are not what was written"):
         fill([Fragment("a", FROZEN, (3_000_000,), part.start, target)], index, strict=True)
     assert digests.check(tmp_path / "f.bin", index.files["f.bin"]["digest"], 12_000_000) is False
-    elsewhere = torch.zeros(100_000, dtype=dtype)
-    fill([Fragment("a", FROZEN, (3_000_000,), 2_000_000, elsewhere)], index, strict=True)
-    assert torch.equal(elsewhere, torch.arange(2_000_000, 2_100_000, dtype=torch.float32).to(dtype))
+    elsewhere = torch.zeros(100_000, dtype=dtype)  # in the next piece
+    fill([Fragment("a", FROZEN, (3_000_000,), 2_200_000, elsewhere)], index, strict=True)
+    assert torch.equal(elsewhere, torch.arange(2_200_000, 2_300_000, dtype=torch.float32).to(dtype))
+
+
+@pytest.mark.parametrize("piece", [1 << 20, 3 << 20])
+def test_pieces_of_another_length_are_read_and_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece: int
+) -> None:
+    with monkeypatch.context() as earlier:
+        earlier.setattr(digests, "PIECE", piece)
+        index = written(tmp_path, [torch.arange(3_000_000, dtype=torch.float32)])
+    said = index.files["f.bin"]["digest"]
+    assert f"/{piece}:" in said
+    assert digests.check(tmp_path / "f.bin", said, 12_000_000)
+    target = torch.zeros(3_000_000)
+    fill([Fragment("a", FROZEN, (3_000_000,), 0, target)], index, strict=True)
+    assert torch.equal(target, torch.arange(3_000_000, dtype=torch.float32))
+    raw = np.memmap(tmp_path / "f.bin", mode="r+")
+    raw[-1] ^= 1
+    raw.flush()
+    assert digests.check(tmp_path / "f.bin", said, 12_000_000) is False
+    with pytest.raises(Damaged, match="not what was written"):
+        fill([Fragment("a", FROZEN, (3_000_000,), 0, target)], index, strict=True)
 
 
 def test_the_standard_librarys_digest_serves_where_xxhash_is_not_installed(
@@ -85,7 +107,7 @@ def test_the_standard_librarys_digest_serves_where_xxhash_is_not_installed(
     monkeypatch.setattr(digests, "xxhash", None)
     index = written(tmp_path, [torch.arange(1000)])
     said = index.files["f.bin"]["digest"]
-    assert said.startswith("blake2b/1048576:")
+    assert said.startswith(f"blake2b/{digests.PIECE}:")
     assert digests.check(tmp_path / "f.bin", said, 8000)
     target = torch.zeros(1000, dtype=torch.int64)
     fill([Fragment("a", FROZEN, (1000,), 0, target)], index, strict=True)
