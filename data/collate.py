@@ -52,7 +52,7 @@ def segments(packed: Sequence[Sequence[Row]]) -> Tensor:
 
 
 def collate(rows: Sequence[Row], pixel_values: Tensor, pad: int) -> dict[str, Tensor]:
-    """Rows, padded on the right, and their pictures [N, 3, H, W] in the order of the placeholders.
+    """Rows, padded on the right, and their pictures [N, 3, H, W], bytes, in the order of the placeholders.
 
     Unlike the reference's, the mask does not hide a pad token that is part of a text.
     """

@@ -5,6 +5,8 @@ Without the package simplejpeg Pillow decodes, which takes longer and gives the 
 
 from __future__ import annotations
 
+import functools
+import math
 import threading
 from collections.abc import Callable
 from typing import NamedTuple
@@ -47,15 +49,18 @@ def jpeg(data: bytes) -> Decoded | None:
     return Decoded(width, height, into)
 
 
-def squared(picture: Decoded, size: int, background: tuple[int, int, int]) -> np.ndarray:
-    """The picture in the middle of a square of the background, uint8 [size, size, 3]."""
-    width, height = picture.width, picture.height
+def squared(picture: Decoded, background: tuple[int, int, int], out: np.ndarray) -> None:
+    """The picture in the middle of a square of the background, scaled into uint8 [size, size, 3]."""
+    width, height, size = picture.width, picture.height, len(out)
     side = max(width, height)
-    canvas = _canvas("canvas", side, side)
     top, left = (side - height) // 2, (side - width) // 2
-    lines = canvas.reshape(side, side * 3)  # whole lines are filled twenty times as fast as pixels
-    line = np.tile(np.array(background, np.uint8), side)
-    if left or width < side:
+    # A square of the background needs no scaling beyond the reach of the picture's edges.
+    rows, columns = _part(side, size, top, top + height), _part(side, size, left, left + width)
+    canvas = _canvas("canvas", rows.stop - rows.start, columns.stop - columns.start)
+    top, left = top - rows.start, left - columns.start
+    lines = canvas.reshape(len(canvas), -1)  # whole lines are filled twenty times as fast as pixels
+    line = _line(background, canvas.shape[1])
+    if width < canvas.shape[1]:
         own = _canvas("picture", height, width)
         picture.into(own)
         lines[:, : 3 * left] = line[: 3 * left]
@@ -64,30 +69,55 @@ def squared(picture: Decoded, size: int, background: tuple[int, int, int]) -> np
     else:
         picture.into(canvas[top : top + height])
         lines[:top] = lines[top + height :] = line
-    return _scaled(canvas, size, size)
+    high, wide = (slice(part.start * size // side, part.stop * size // side) for part in (rows, columns))
+    margins, line = out.reshape(size, -1), _line(background, size)
+    margins[: high.start] = margins[high.stop :] = line
+    margins[:, : 3 * wide.start] = line[: 3 * wide.start]
+    margins[:, 3 * wide.stop :] = line[3 * wide.stop :]
+    out[high, wide] = _scaled(canvas, high.stop - high.start, wide.stop - wide.start)
 
 
-def cropped(picture: Decoded, size: int) -> np.ndarray:
-    """Short edge to `size`, then its middle; the long edge rounds down."""
-    width, height = picture.width, picture.height
+def _part(length: int, new: int, first: int, last: int) -> slice:
+    """The least part of `length` places, with first:last in it, that can be scaled by itself.
+
+    It reaches as far as the kernel does, and its ends are where a place of `length` and one of `new` both begin.
+    """
+    step = length // math.gcd(length, new)
+    reach = 2 * max(1, -(-length // new)) + 2  # bicubic: two places of the coarser grid
+    start, stop = (first - reach) // step * step, -(-(last + reach) // step) * step
+    return slice(max(0, start), min(length, stop))
+
+
+def cropped(picture: Decoded, out: np.ndarray) -> None:
+    """Short edge to the size of `out`, uint8 [size, size, 3], then its middle; the long edge rounds down."""
+    width, height, size = picture.width, picture.height, len(out)
     long = int(size * max(width, height) / min(width, height))
     new = (size, long) if width > height else (long, size)
-    scaled = whole(picture, *new)
     top, left = (new[0] - size) // 2, (new[1] - size) // 2
-    return scaled[top : top + size, left : left + size]
+    out[:] = _scaled(_whole(picture), *new)[top : top + size, left : left + size]
 
 
-def whole(picture: Decoded, height: int, width: int) -> np.ndarray:
-    """The picture scaled to uint8 [height, width, 3]."""
+def whole(picture: Decoded, out: np.ndarray) -> None:
+    """The picture scaled into uint8 [height, width, 3]."""
+    out[:] = _scaled(_whole(picture), *out.shape[:2])
+
+
+def _whole(picture: Decoded) -> np.ndarray:
     canvas = _canvas("canvas", picture.height, picture.width)
     picture.into(canvas)
-    return _scaled(canvas, height, width)
+    return canvas
 
 
 def _scaled(canvas: np.ndarray, height: int, width: int) -> np.ndarray:
-    planes = torch.from_numpy(canvas).permute(2, 0, 1)[None]
+    # In this order torch sees that a pixel's channels lie together, and leaves them so.
+    planes = torch.from_numpy(canvas)[None].permute(0, 3, 1, 2)
     scaled = F.interpolate(planes, (height, width), mode="bicubic", antialias=True)
     return scaled[0].permute(1, 2, 0).numpy()
+
+
+@functools.lru_cache(256)
+def _line(colour: tuple[int, int, int], width: int) -> np.ndarray:
+    return np.tile(np.array(colour, np.uint8), width)
 
 
 def _canvas(name: str, height: int, width: int) -> np.ndarray:

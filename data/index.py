@@ -61,20 +61,25 @@ class Index:
     def row(self, record: int) -> Row:
         """The tokens, labels and picture paths of a record."""
         columns = self.columns
-        first, count = int(columns["token_at"][record]), int(columns["tokens"][record])
-        ids = self._tokens[first : first + count].astype(np.int64)
-        if self._tokens.dtype == np.uint16:
-            ids[ids == 0xFFFF] = IMAGE_ID
-        at, spans = int(columns["span_at"][record]), int(columns["spans"][record])
-        pairs = self._spans[2 * at : 2 * (at + spans)].reshape(-1, 2).tolist()
+        first, count = columns["token_at"].item(record), columns["tokens"].item(record)
+        raw = self._tokens[first : first + count]
+        ids = raw.astype(np.int64)
+        at, spans = columns["span_at"].item(record), columns["spans"].item(record)
+        pairs = self._spans[2 * at : 2 * (at + spans)].tolist()
+        starts, ends = pairs[::2], pairs[1::2]
         labels = np.full(count, IGNORED, dtype=np.int64)
-        for start, end in pairs:
+        for start, end in zip(starts, ends, strict=True):
             labels[start:end] = ids[start:end]
-        labels[ids == IMAGE_ID] = IGNORED
-        paths = columns["path_at"]
-        stop = int(paths[record + 1]) if record + 1 < len(paths) else len(self._paths)
-        images = bytes(self._paths[paths[record] : stop]).decode("utf-8", "surrogatepass").split("\0")[:-1]
-        return Row(ids, labels, [end for _, end in pairs], images)
+        images: list[str] = []
+        if columns["images"].item(record) > 0:
+            places = raw == (0xFFFF if raw.dtype == np.uint16 else IMAGE_ID)
+            ids[places] = IMAGE_ID
+            labels[places] = IGNORED
+            paths = columns["path_at"]
+            stop = paths.item(record + 1) if record + 1 < len(paths) else len(self._paths)
+            joined = self._paths[paths.item(record) : stop].tobytes()
+            images = joined.decode("utf-8", "surrogatepass").split("\0")[:-1]
+        return Row(ids, labels, ends, images)
 
     def faults(self) -> Iterator[Fault]:
         """The records that cannot be trained on, and why."""

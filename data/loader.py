@@ -20,9 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data.buffers import Buffers
 from data.collate import collate, cut, joined, segments, spliced
 from data.conversation import tokenizer_faults
-from data.images import ImageError, ImageFormat, load, normalise
+from data.images import ImageError, ImageFormat, pixels
 from data.index import Row
 from data.mixture import Mixture, Stream
 from data.packing import PackedStream
@@ -42,20 +43,20 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class _Job:
-    """A sample on its way: `pixels` is its part of the micro-batch's pictures."""
+    """A sample on its way: `pixels` is its part of the micro-batch's pictures, [n, H, W, 3]."""
 
     sample: int
     row: Row
-    pixels: Tensor
+    pixels: np.ndarray
     future: Future[None] | None = None
     replaced: list[str] = field(default_factory=list)
 
 
 @dataclass
 class _Batch:
-    """A micro-batch on its way: its pictures [N, 3, H, W] and the samples of each of its sequences."""
+    """A micro-batch on its way: its pictures [N, H, W, 3] and the samples of each of its sequences."""
 
-    pixels: Tensor
+    pixels: np.ndarray
     sequences: list[list[_Job]]
 
     @property
@@ -97,6 +98,7 @@ class Loader:
         self._replaced: list[str] = []
         self._earlier = 0  # replaced before this attempt
         self._tokens = self._slots = 0
+        self._buffers = Buffers((image.size, image.size, 3))
         self._root = root_of(spec)
         self._shard = open_shard(self._root, image, spec.aspect)
         self._mixture = Mixture(sources_of(spec, self._root, tokenizer), patches, spec.max_length)
@@ -190,9 +192,9 @@ class Loader:
             samples = [sample for sequence in own for sample in sequence]
             rows = [self._row(sample) for sample in samples]
             counts = [len(row.images) for row in rows]
-            pixels = torch.empty((sum(counts), 3, self._image.size, self._image.size), dtype=torch.float32)
-            jobs = map(_Job, samples, rows, torch.split(pixels, counts))
-            batch = _Batch(pixels, [list(itertools.islice(jobs, len(sequence))) for sequence in own])
+            raw = self._buffers.take(sum(counts))
+            jobs = map(_Job, samples, rows, np.split(raw, np.cumsum(counts)[:-1]))
+            batch = _Batch(raw, [list(itertools.islice(jobs, len(sequence))) for sequence in own])
             for job in batch.jobs:
                 if self._pool and job.row.images:
                     job.future = self._pool.submit(self._read, job)
@@ -218,7 +220,7 @@ class Loader:
         lengths = [spliced(row.input_ids, self._patches) for row in rows]
         self._tokens += sum(lengths)
         self._slots += max(lengths) * len(lengths)
-        tensors = collate(rows, batch.pixels, self._pad)
+        tensors = collate(rows, torch.from_numpy(batch.pixels).permute(0, 3, 1, 2), self._pad)
         return {**tensors, "segments": segments(packed)} if self._packed else tensors
 
     def _row(self, sample: int) -> Row:
@@ -245,20 +247,21 @@ class Loader:
             "that the paths start from? The first: " + job.replaced[0]
         )
 
-    def _picture(self, sample: int, path: str, out: Tensor) -> None:
-        """Fill `out` with a picture: a prepared one, or the file's."""
+    def _picture(self, sample: int, path: str, out: np.ndarray) -> None:
+        """Fill `out`, uint8 [size, size, 3], with a picture: a prepared one, or the file's."""
         if self._shard and (raw := self._shard.get(path)) is not None:
-            normalise(raw, self._image, out)
+            np.copyto(out, raw)
             return
+        quick = self._spec.quick_pictures
         try:
-            load(self._root / path, self._image, self._spec.aspect, quick=self._spec.quick_pictures, out=out)
+            pixels(self._root / path, self._image, self._spec.aspect, quick=quick, out=out)
         except ImageError:
             # A user's own file may give paths from where it lies.
             source = self._mixture.sources[self._mixture.place(sample).source]
             beside = source.index.annotation.parent / path
             if (self._root / path).exists() or not beside.exists():
                 raise
-            load(beside, self._image, self._spec.aspect, quick=self._spec.quick_pictures, out=out)
+            pixels(beside, self._image, self._spec.aspect, quick=quick, out=out)
 
     def _substitute(self, job: _Job, attempt: int) -> tuple[int, Row]:
         """Another sample with as many pictures; which one, the seed and the broken sample decide."""

@@ -26,7 +26,8 @@ _ENTRY = np.dtype([("key", "<u8"), ("bytes", "<i8"), ("time", "<i8"), ("slot", "
 
 def folder(root: Path, format: ImageFormat, aspect: Aspect) -> Path:
     """Where the pictures of a root lie for a format."""
-    words = json.dumps([format.size, format.resize, aspect, format.background if aspect == "pad" else 0])
+    facts = [format.size, format.resize, aspect, format.background if aspect == "pad" else 0, "HWC"]
+    words = json.dumps(facts)
     return root / ".index" / f"pixels-{format.size}-{aspect}-{hashlib.sha256(words.encode()).hexdigest()[:8]}"
 
 
@@ -38,13 +39,13 @@ class Shard:
         size = json.loads((place / "meta.json").read_text())["size"]
         entries = np.asarray(np.load(place / "entries.npy", mmap_mode="r"))
         self._keys, self._bytes, self._times, self._slots = (entries[name] for name in _ENTRY.names or ())
-        self._pixels = np.asarray(np.memmap(place / "pixels.u8", np.uint8, "r")).reshape(-1, 3, size, size)
+        self._pixels = np.asarray(np.memmap(place / "pixels.u8", np.uint8, "r")).reshape(-1, size, size, 3)
 
     def __len__(self) -> int:
         return len(self._keys)
 
     def get(self, path: str) -> np.ndarray | None:
-        """A picture, uint8 [3, size, size]; None when it is not there, or its file is another one by now."""
+        """A picture, uint8 [size, size, 3]; None when it is not there, or its file is another one by now."""
         key = _key(path)
         at = int(self._keys.searchsorted(np.uint64(key)))
         if at == len(self._keys) or self._keys[at] != key:
@@ -86,7 +87,7 @@ def build(
     def prepared(path: str) -> tuple[str, np.ndarray | None, os.stat_result | None, str]:
         try:
             facts = os.stat(root / path)
-            return path, pixels(root / path, format, aspect).transpose(2, 0, 1), facts, ""
+            return path, pixels(root / path, format, aspect), facts, ""
         except ImageError as error:
             return path, None, None, str(error)
         except OSError as error:
@@ -100,7 +101,7 @@ def build(
                     if raw is None or facts is None:
                         broken.append(why)
                         continue
-                    file.write(np.ascontiguousarray(raw).tobytes())
+                    file.write(raw.data)
                     entries.append((_key(path), facts.st_size, facts.st_mtime_ns, len(entries)))
                 if progress:
                     progress(len(entries))

@@ -114,8 +114,10 @@ class VLM(nn.Module):
         return layers
 
     def image_features(self, pixel_values: Tensor) -> Tensor:
-        """[N, 3, H, W] -> [N, P, D]; the tower is frozen."""
+        """[N, 3, H, W], bytes or normalised floats -> [N, P, D]; the tower is frozen."""
         with torch.no_grad():
+            if pixel_values.dtype == torch.uint8:
+                pixel_values = normalised(pixel_values, self.vision.mean, self.vision.std)
             patches_NPV = self.tower(pixel_values.to(self.tower.dtype)).last_hidden_state
             if self.vision.drop_first:
                 patches_NPV = patches_NPV[:, 1:]
@@ -304,6 +306,17 @@ def projector(kind: str, width: int, hidden: int) -> nn.Module:
     for _ in range(depth - 1):
         parts += [nn.GELU(), nn.Linear(hidden, hidden)]
     return nn.Sequential(*parts)
+
+
+def normalised(raw: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """uint8 [N, 3, H, W] as a tower takes it: scaled to 0..1, less the mean, over the deviation.
+
+    A loader hands bytes on, a quarter of what floats would be on their way to the device.
+    """
+    floats = raw.to(torch.float32, memory_format=torch.contiguous_format)
+    for channel, (centre, spread) in enumerate(zip(mean, std, strict=True)):
+        floats[:, channel].mul_(1 / (255 * spread)).sub_(centre / spread)
+    return floats
 
 
 def build(spec: ModelSpec, *, vocab_size: int, seed: int, dtype: torch.dtype, filled: bool = True) -> VLM:

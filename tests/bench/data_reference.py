@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from data.conversation import IGNORED, IMAGE_ID
@@ -137,3 +138,22 @@ def collated(samples: list[dict[str, torch.Tensor]], pad: int) -> dict[str, Any]
         "attention_mask": ids.ne(pad),
         "pixel_values": torch.stack(images) if images else torch.empty(0),
     }
+
+
+class Tensors:
+    """The steps of transformers 5's processor where torchvision is there, which this project does without.
+
+    torchvision scales bytes with the same kernel of torch's; facts: transformers, image_processing_backends.py.
+    """
+
+    def __init__(self, format: ImageFormat) -> None:
+        self._size = format.size
+        self._mean = torch.tensor(format.mean)[:, None, None] * 255
+        self._std = torch.tensor(format.std)[:, None, None] * 255
+
+    def preprocess(self, picture: Image.Image, return_tensors: str) -> dict[str, torch.Tensor]:
+        """A square picture's values, in a batch of one."""
+        planes = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+        stacked = torch.stack([planes])
+        scaled = F.interpolate(stacked, (self._size, self._size), mode="bicubic", antialias=True)
+        return {"pixel_values": (scaled.to(torch.float32) - self._mean) / self._std}

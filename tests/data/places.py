@@ -25,7 +25,7 @@ def picture(root: Path, number: int) -> str:
 
 def number_of(pixels: torch.Tensor) -> int:
     """Which picture these pixels are."""
-    red, green, _ = ((pixels[:, 4, 4] * 0.5 + 0.5) * 255).round().int().tolist()
+    red, green, _ = pixels[:, 4, 4].tolist()
     return int(red + 256 * green)
 
 

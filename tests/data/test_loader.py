@@ -217,12 +217,12 @@ def test_batches_have_the_agreed_form(root: Path) -> None:
         "input_ids": (torch.int64, 2),
         "labels": (torch.int64, 2),
         "attention_mask": (torch.bool, 2),
-        "pixel_values": (torch.float32, 4),
+        "pixel_values": (torch.uint8, 4),
     }
     assert (batch["input_ids"][~batch["attention_mask"]] == tokenizer(TOK).pad_token_id).all()
     assert (batch["labels"][~batch["attention_mask"]] == -100).all()
     assert batch["pixel_values"].shape[1:] == (3, 8, 8)
-    assert batch["pixel_values"].is_contiguous()
+    assert batch["pixel_values"].is_contiguous(memory_format=torch.channels_last)
     texts_only = write(root, "text.json", [record("A?", "Number 2."), record("B?", "Number 5.")])
     batch = next(loader(spec(root, mix=str(texts_only))).steps())[0]
     assert batch["pixel_values"].shape == (0, 3, 8, 8)

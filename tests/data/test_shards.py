@@ -28,7 +28,7 @@ def test_prepared_pictures_are_the_decoded_ones(tmp_path: Path) -> None:
     assert shard is not None
     assert len(shard) == 30
     for path in paths:
-        want = pixels(tmp_path / path, FORMAT, "pad").transpose(2, 0, 1)
+        want = pixels(tmp_path / path, FORMAT, "pad")
         assert np.array_equal(shard.get(path), want)  # type: ignore[arg-type]
     assert shard.get("pictures/other.png") is None
     os.utime(tmp_path / paths[3], (1, 1))
@@ -46,7 +46,7 @@ def test_training_takes_prepared_pictures(tmp_path: Path, monkeypatch: pytest.Mo
     assert (
         build(tmp_path, [f"pictures/{at:05d}.png" for at in range(12) if at % 3 != 2], FORMAT, "pad")[0] == 8
     )
-    monkeypatch.setattr("data.loader.load", None)  # nothing is decoded any more
+    monkeypatch.setattr("data.loader.pixels", None)  # nothing is decoded any more
     after = [batch for step in itertools.islice(loader(spec(tmp_path)).steps(), 4) for batch in step]
     for one, other in zip(before, after, strict=True):
         assert all(torch.equal(one[key], other[key]) for key in one)

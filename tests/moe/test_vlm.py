@@ -6,10 +6,22 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from data.images import ImageFormat, normalise
 from moe import vlm as module
 from moe.stages import STAGES
-from moe.vlm import IGNORE, IMAGE, VLMError, parts, projector, train_only
+from moe.vlm import IGNORE, IMAGE, VLMError, normalised, parts, projector, train_only
 from tests.moe.tiny import WORDS, batch, model
+
+
+def test_bytes_are_normalised_as_the_data_side_does() -> None:
+    vlm = model()
+    size, mean, std = vlm.vision.size, vlm.vision.mean, vlm.vision.std
+    raw = torch.randint(0, 256, (2, size, size, 3), dtype=torch.uint8).permute(0, 3, 1, 2)
+    floats = torch.empty(2, 3, size, size)
+    for each, out in zip(raw, floats, strict=True):
+        normalise(each.numpy(), ImageFormat(size, mean, std, vlm.vision.resize), out)
+    assert torch.equal(normalised(raw, mean, std), floats)
+    assert torch.equal(vlm.image_features(raw), vlm.image_features(floats))
 
 
 def test_features_stand_where_the_text_says() -> None:
