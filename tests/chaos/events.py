@@ -232,7 +232,8 @@ class Chaos:
         yield Kind("file quota", "unsignalled", 6, self.quota)
         yield Kind("disk full", "unsignalled", 5, everyone=self.disk_full, lonely=True)
         yield Kind("slurmctld restart", "none", 6, everyone=self.controller_restarted, lonely=True)
-        yield Kind("slurmctld SIGKILL", "none", 5, everyone=self.controller_killed, lonely=True)
+        # What it had not written down is forgotten: a start, and the node ends what it finds there.
+        yield Kind("slurmctld SIGKILL", "unsignalled", 5, everyone=self.controller_killed, lonely=True)
         if self.world.wandb:
             yield Kind("W&B down", "none", 7, everyone=self.wandb_down)
         yield Kind("submitter SIGKILL", "none", 8, everyone=self.submitter_killed)

@@ -17,6 +17,8 @@ from launch.record import RunFolder, read_lines
 from tests.chaos.drive import Event, Story
 from tests.chaos.world import World, outcome
 
+OTHER = "a fault to another run"  # a job that took that one's nodes had them when this one came
+
 
 @dataclass(frozen=True)
 class Break:
@@ -25,12 +27,15 @@ class Break:
     run: str
     time: float  # when the next attempt was ready
     lost: int  # steps that had been logged and were computed again
-    causes: tuple[Event, ...]  # the faults between the two beginnings that can have been at work
+    causes: tuple[Event, ...]  # the faults that were done to the attempts that ended
+    saved: bool = False  # the attempt said that it had been warned, and had saved
 
     @property
     def warning(self) -> str:
-        """The least kind of the causes."""
+        """What it may lose by: the worst of its causes, unless it heard a warning in time whatever else there was."""
         found = {event.warning for event in self.causes}
+        if self.saved:
+            return "signalled"
         return "unsignalled" if "unsignalled" in found else "signalled" if "signalled" in found else "none"
 
 
@@ -42,13 +47,17 @@ def breaks(name: str, folder: RunFolder, events: Sequence[Event]) -> list[Break]
     after half a minute; a quota is met at the next save.)
     """
     found: list[Break] = []
+    ready = ""
     launched: dict[str, float] = {}  # attempts, when each had a rank
     before: list[str] = []  # those since the last that was ready, itself included
+    said: set[str] = set()  # those that ended by themselves, after a save
     for record in folder.journal:
         attempt, at = str(record.get("attempt", "")), float(record["time"])
         if record["event"] == "launched":
             launched[attempt] = at
             before.append(attempt)
+        if record["event"] == "ended":
+            said.add(attempt)
         if record["event"] != "start":
             continue
         ended = [one for one in before if one != attempt]
@@ -60,21 +69,23 @@ def breaks(name: str, folder: RunFolder, events: Sequence[Event]) -> list[Break]
                 if e.attempt in ended
                 or (e.attempt not in launched and e.run in ("", name) and begun - 2 <= e.time <= over)
             )
-            found.append(Break(name, at, int(record["last"]) - int(record["step"]), causes))
-        before = [attempt]
+            found.append(Break(name, at, int(record["last"]) - int(record["step"]), causes, ready in said))
+        before, ready = [attempt], attempt
     return found
 
 
 def losses(found: Sequence[Break], events: Sequence[Event]) -> list[dict[str, Any]]:
     """A row a kind of fault: how many there were, and the steps lost in the breaks put down to it."""
     rows = []
-    for kind in dict.fromkeys(event.kind for event in events):
+    for kind in dict.fromkeys([*(event.kind for event in events), OTHER]):
         mine = [e for e in events if e.kind == kind]
         lost = [b.lost for b in found if blamed(b) == kind]
+        if kind == OTHER and not lost:
+            continue
         rows.append(
             {
                 "kind": kind,
-                "warning": mine[0].warning,
+                "warning": mine[0].warning if mine else "",
                 "events": len(mine),
                 "attempts ended": len(lost),
                 "steps lost": dict(sorted(Counter(lost).items())),
@@ -84,12 +95,10 @@ def losses(found: Sequence[Break], events: Sequence[Event]) -> list[dict[str, An
 
 
 def blamed(one: Break) -> str:
-    """The kind of fault that a break is put down to: the last of the worst."""
-    order = ("none", "signalled", "unsignalled")
-    worst = max((order.index(e.warning) for e in one.causes), default=-1)
-    mine = [e for e in one.causes if order.index(e.warning) == worst]
+    """The kind of fault that a break is put down to: the last of those that explain it, this run's own first."""
+    mine = [e for e in one.causes if e.warning == one.warning]
     named = [e for e in mine if e.run] or mine
-    return named[-1].kind if named else ""
+    return named[-1].kind if named else OTHER
 
 
 def over_the_bound(found: Sequence[Break], interval: int) -> list[Break]:

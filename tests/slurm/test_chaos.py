@@ -111,12 +111,13 @@ def test_a_loss_is_put_down_to_what_hit_the_attempt_also_while_it_was_loading(tm
     noted(0, 10, 20, step=0, last=0)
     noted(1, 40, 50, step=30, last=30)
     noted(2, 80, 90, step=30, last=39)
+    folder.note("ended", attempt="7_0-2", time=98)
     noted(3, 100, 110, step=40, last=40)
     faults = [
         fault("walltime", "signalled", 30, 0),
         fault("slurmd", "unsignalled", 45, 1),  # it loads; SLURM finds the node lost half a minute later
         fault("preempted", "signalled", 60, 1),
-        fault("restart", "none", 95),
+        fault("disk full", "unsignalled", 95),  # and yet it could save
         fault("preempted", "signalled", 97, 2),
     ]
     found = measure.breaks("x", folder, faults)
