@@ -60,7 +60,6 @@ def test_what_slurm_holds_for_lost_launches_is_let_go_and_a_worn_job_is_left_for
 
     # Its batch script is lost with its node, and SLURM counts.
     below = slurm.sbatch("#!/bin/sh\n:\n", f"--dependency=afterok:{run.id}", "-o/dev/null")
-    time.sleep(4)
     host = run.of("start")[0]["node"]
     slurm.kill_node(host)
     slurm.start_node(host)
@@ -70,7 +69,7 @@ def test_what_slurm_holds_for_lost_launches_is_let_go_and_a_worn_job_is_left_for
         slurm.run(["scontrol", "reconfigure"])  # nodes tell at once what they run
         return slurm.job(run.id).restarts > before
 
-    slurm.wait(missed, 60, every=1)
+    slurm.wait(missed, 60, every=0.5)
     assert slurm.job(run.id).fields["BatchFlag"] == "2"
     slurm.wait(lambda: len(run.of("submitting")) > 1, 60, nudge=True)
     new = run.of("submitting")[-1]
