@@ -6,11 +6,18 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from data.spec import DataSpec
 from launch import preemption
+from launch.identity import plain
+from launch.job import Place
 from launch.preemption import Preemption
+from launch.record import RunFolder, write_json
+from launch.recovery.pulse import Pulse
+from launch.spec import ExperimentSpec
 
 
 @pytest.fixture
@@ -48,3 +55,30 @@ def test_what_is_left_follows_from_the_first_warning(
     found = warned.left(grace)
     assert found is not None
     assert found == pytest.approx(left, abs=1.0)
+
+
+def test_warnings_that_come_at_once_are_one_warning(warned: Preemption) -> None:
+    signal.pthread_sigmask(signal.SIG_BLOCK, Preemption.WARNINGS)
+    for number in (*Preemption.WARNINGS, *Preemption.WARNINGS):
+        os.kill(os.getpid(), number)
+    assert not warned()
+    begun = time.monotonic()
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, Preemption.WARNINGS)  # both handlers, one within the other
+    assert warned()
+    assert begun <= warned.at <= time.monotonic()
+    assert warned.warned in ("SIGUSR2", "SIGTERM")
+
+
+def test_a_job_that_slurm_restarts_after_it_has_finished_ends_at_once(tmp_path: Path) -> None:
+    from launch.stage import run_stage
+
+    folder = RunFolder(tmp_path)
+    write_json(
+        folder.spec_file, plain(ExperimentSpec("align", data=DataSpec(mix="llava-pt", template="plain")))
+    )
+    write_json(folder.handoff_file, {"step": 7})
+    pulse = Pulse(folder.logs("7_0-1"), 0, "n1", every=60)
+    assert run_stage(folder, Place(0, 0, 2, "n1", "7_0-1"), lambda: False, pulse) == "finished"
+    (ended,) = folder.journal
+    assert (ended["event"], ended["outcome"]) == ("ended", "finished")
+    assert not folder.lease_file.exists()
