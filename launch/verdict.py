@@ -8,6 +8,7 @@ where the user cancelled it the run stays cancelled.
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sys
 import time
@@ -158,7 +159,8 @@ def late(root: Path, folder: RunFolder, element: str, restarts: int) -> None:
     if lost:
         found = Finding("infrastructure", f"SLURM lost {', '.join(lost)}", lost)
     elif rows and rows[0].state == "NODE_FAIL":
-        found = Finding("infrastructure", f"SLURM lost one of its nodes ({rows[0].nodes})")
+        one = () if re.search(r"[\[,]", rows[0].nodes) else (rows[0].nodes,)
+        found = Finding("infrastructure", f"SLURM lost one of its nodes ({rows[0].nodes})", one)
     else:
         found = Finding("preempted", "requeued by SLURM before a save")
     avoid.Nodes.of(root, folder, {}).blame(found, attempt)

@@ -78,21 +78,17 @@ def release(root: Path, now: float) -> list[str]:
 
 
 def shun(root: Path, folder: RunFolder, element: str) -> None:
-    """Hold the lost launch against its node and keep the job from it, where accounting knows which it was."""
+    """Hold the lost launch against its batch host and keep the job from it, where accounting knows which it was."""
     rows = [row for row in cluster.past([element]).get(element, []) if row.ended and row.nodes]
     if not rows:
         return
+    hosts = cluster.call("scontrol", "show", "hostnames", rows[-1].nodes, timeout=20).split()
     facts = cluster.show(element)
     nodes = avoid.Nodes.of(root, folder, facts)
-    lost = Finding("infrastructure", "its launch failed", expanded(rows[-1].nodes))
+    lost = Finding("infrastructure", "its launch failed", tuple(hosts[:1]))
     nodes.blame(lost, f"{element}-{int(facts.get('Restarts', 1)) - 1}")
     if settings := nodes.settings(nodes.avoided()):
         cluster.call("scontrol", "update", f"JobId={element}", *settings, timeout=20)
-
-
-def expanded(nodes: str) -> tuple[str, ...]:
-    """A list of nodes as SLURM writes it, `n[1-2]`, one by one."""
-    return tuple(cluster.call("scontrol", "show", "hostnames", nodes, timeout=20).split())
 
 
 def look(root: Path) -> list[str]:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from launch.record import append_line
+from launch import cluster
+from launch.record import append_line, read_lines
 from launch.recovery import avoid, limbo
 from tests.slurm.cluster import PrivateSlurm
 from tests.slurm.test_recovery import Submitted
@@ -94,3 +95,20 @@ def test_what_slurm_holds_for_lost_launches_is_let_go_and_a_worn_job_is_left_for
 
     # An empty folder of runs knows none of these jobs.
     assert limbo.release(tmp_path / "others", time.time()) == []
+
+
+def test_where_accounting_knows_the_node_of_a_lost_launch_the_job_is_kept_from_it(
+    slurm_accounting: PrivateSlurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slurm = slurm_accounting
+    monkeypatch.setenv("SLURM_CONF", str(slurm.place.conf))
+    before = int(slurm.sbatch("#!/bin/sh\n", "--hold", "-o/dev/null"))
+    spoil(slurm, before + 1)
+    run = Submitted(slurm, tmp_path, "finish")
+    slurm.wait(lambda: run.state()[0] == "held", 30)
+    host = slurm.wait(lambda: [row.nodes for row in cluster.past([run.id]).get(run.id, []) if row.ended], 30)
+    assert limbo.look(run.root / "runs") == [run.id]
+    bad = slurm.run(["scontrol", "show", "hostnames", host[0]]).stdout.split()[0]
+    assert slurm.job(run.id).fields["ExcNodeList"] == bad
+    assert [record["node"] for record in read_lines(run.root / "runs" / "nodes.jsonl")] == [bad]
+    mend(slurm, before + 1)
