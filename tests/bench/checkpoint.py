@@ -5,9 +5,10 @@ with 1024 open files, which a login shell allows. All contenders in turn, in ano
 median of the rounds' ratios, with the 95 % interval of that median. The first round is not counted.
 `stall`: until the state may change again. `durable`: until every byte is on disk (peers' files are flushed
 too). `restore`: into the tensors that are there, from a warm cache; ours checks every byte against its digest and
-brings the weights up to date, the others check nothing. `lost`: what a training loop of small operations loses to
-the save, its stall and its slower running until all is written. Then a state that two ranks wrote is restored by one.
-About six minutes on a calm machine; `--rounds 2 --mib 64` takes half of one.
+brings the weights up to date, the others check nothing. `speed`: of a training loop of small operations while the
+rest is written, of its speed alone; `with cores`: the same but for the time the loop waited for a core, as where
+there are enough of them; `lost`: seconds it lost to the save, stall and slower running. Then a state that two
+ranks wrote is restored by one. About six minutes on a calm machine; `--rounds 2 --mib 64` takes half of one.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ from tests.bench.moe_layer_verdicts import ratio, slope
 from tests.ranks import ranks
 
 Rows = dict[str, list[Times]]
-COLUMNS = ("stall", "durable", "restore", "speed", "lost", "first stall")
+COLUMNS = ("stall", "durable", "restore", "speed", "with cores", "lost", "first stall")
 OTHER = "2 ranks to 1"
 FULL = 1024  # MiB: the size whose stall and durable time have goals; smaller ones wait three times for the disk too
 
@@ -73,7 +74,7 @@ def measure(mib: int, small: bool, rounds: int, only: list[str], folder: Path) -
             place = folder / name
             os.sync()  # the disk comes to rest: freeing the last one's files is work for it too
             time.sleep(0.2)
-            loop.usual, _ = loop.rate(lambda: True)
+            loop.usual = loop.rates(lambda: True)[:2]
             times: Times = runners[name].save(place, loop)
             times |= runners[name].load(place)
             shutil.rmtree(place)

@@ -64,22 +64,34 @@ class Loop:
 
     def __init__(self) -> None:
         self.a = torch.randn(64, 64)
-        self.usual = 1.0  # iterations a second, alone
+        self.usual = (1.0, 1.0)  # what `rates` are, alone
 
-    def rate(self, until: Callable[[], bool], least: float = 0.2) -> tuple[float, float]:
-        """(iterations a second until something is done, the seconds)."""
-        started, number = time.perf_counter(), 0
+    def rates(self, until: Callable[[], bool], least: float = 0.2) -> tuple[float, float, float]:
+        """Iterations a second until something is done; those a second in which it ran or waited for what runs
+        beside it in its process, not for a core; and the seconds.
+        """
+        started, queued, number = time.perf_counter(), _queued(), 0
         while (passed := time.perf_counter() - started) < least or not until():
             for _ in range(50):
                 self.a = torch.tanh(self.a @ self.a)
             number += 50
-        return number / passed, passed
+        return number / passed, number / max(passed - (_queued() - queued), 1e-9), passed
 
     def beside(self, stall: float, until: Callable[[], bool]) -> Times:
         """Its speed until something is done, of its usual one, and what it lost to the save altogether."""
-        rate, passed = self.rate(until, least=0.0)
-        speed = rate / self.usual
-        return {"stall": stall, "speed": speed, "lost": stall + (1 - speed) * passed}
+        rate, own, passed = self.rates(until, least=0.01)
+        speed = rate / self.usual[0]
+        return {
+            "stall": stall,
+            "speed": speed,
+            "with cores": own / self.usual[1],
+            "lost": stall + (1 - speed) * passed,
+        }
+
+
+def _queued() -> float:
+    """Seconds this thread was ready to run and had no core."""
+    return int(Path("/proc/thread-self/schedstat").read_text().split()[1]) / 1e9
 
 
 class Ours:
