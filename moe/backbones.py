@@ -272,7 +272,8 @@ def vision(spec: ModelSpec) -> Vision:
         int(str(changes.pop("select_layer", row.select_layer))),
         changes.pop("drop_first", row.drop_first),
     )
-    patches = (size // patch) ** 2 - (1 if drop and row.family == "siglip" else 0)
+    # CLIP's class position is one more that may be kept, SigLIP's first patch one that may be dropped.
+    patches = (size // patch) ** 2 + (row.family == "clip") - bool(drop)
     config = {**row.config, **changes, "image_size": size, "patch_size": patch}
     return replace(
         row,

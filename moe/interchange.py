@@ -29,7 +29,7 @@ __all__ = ["InterchangeError", "blueprint", "export_hf", "load_moe_llava", "open
 
 def blueprint(vlm: VLM) -> ModelSpec:
     """A spec that builds this very structure from nothing but itself."""
-    language = vlm.language.config.to_dict()
+    language, row = vlm.language.config.to_dict(), backbones.LANGUAGE[vlm.spec.backbone].config
     for key in ("model_type", "architectures", "transformers_version", "_name_or_path", "dtype", "use_cache"):
         language.pop(key, None)
     tower = vlm.tower.config.to_dict()
@@ -41,7 +41,8 @@ def blueprint(vlm: VLM) -> ModelSpec:
     return ModelSpec(
         backbone=vlm.spec.backbone,
         random=True,
-        config={key: value for key, value in language.items() if value is not None},
+        # None where the row says something else is a statement; elsewhere it is what is said already.
+        config={key: value for key, value in language.items() if value is not None or key in row},
         tower=vlm.spec.tower,
         tower_config=kept,
         projector=vlm.spec.projector,
@@ -117,6 +118,8 @@ def export_hf(source: VLM | Path | str, folder: Path | str, tokenizer: Any = Non
         vlm = copy.deepcopy(vlm)
         lora.merge(vlm)
     folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise InterchangeError(f"{folder} is a file; name a folder to export to")
     wrap(vlm, asdict(blueprint(vlm)), asdict(vlm.moe) if vlm.moe else None).save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)

@@ -48,6 +48,11 @@ _RENAMED = {
     "seq_length": "max_position_embeddings",
 }
 _EXPERT = ".deepspeed_moe.experts.deepspeed_experts."
+_TOWERS = (  # LLaVA's own last
+    "model.image_tower.image_tower.",
+    "transformer.image_tower.image_tower.",
+    "model.vision_tower.vision_tower.",
+)
 _WEIGHT = {
     "fc1": "up",
     "fc2": "down",
@@ -79,13 +84,19 @@ def load_moe_llava(
     row = _row(folder, said)
     adapted = adapters.beside(folder)
     stage1 = not (adapted or any(folder.glob("*.safetensors")) or any(folder.glob("pytorch_model*.bin")))
+    if stage1 and not (folder / "mm_projector.bin").is_file():
+        raise InterchangeError(
+            f"{folder} holds no weights: no *.safetensors, no pytorch_model*.bin, and no mm_projector.bin of a stage 1"
+        )
     tower_row, tower_weights = _tower(folder, said, tower)
     common: dict[str, Any] = {
         "backbone": row,
         "tower": tower_row,
         "tower_config": _tower_config(tower_row, tower_weights, said),
-        "projector": str(said.get("image_projector_type", "linear")),
+        "projector": str(said.get("image_projector_type") or said.get("mm_projector_type") or "linear"),
     }
+    for key, wrong, _ in ModelSpec(**common).check():
+        raise InterchangeError(f"{folder}/config.json: {key}: {wrong}")
     if stage1:
         base = language or str(said.get("_name_or_path", ""))
         spec = ModelSpec(weights=base, tower_weights=tower_weights, **common)
@@ -93,7 +104,7 @@ def load_moe_llava(
     else:
         spec = ModelSpec(random=True, config=_language_config(row, said), **common)
         vlm = build(spec, vocab_size=int(str(said["vocab_size"])), seed=0, dtype=dtype, filled=False)
-    moe = _moe(said, dispatcher)
+    moe = _moe(folder, said, dispatcher)
     if moe is not None and not stage1:
         upcycle(vlm, moe, groups or Groups.single(), seed=0)
     if adapted:
@@ -108,7 +119,14 @@ def _config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise InterchangeError(f"{folder} has no config.json: it is no MoE-LLaVA checkpoint folder")
-    said: dict[str, Any] = json.loads(path.read_text())
+    try:
+        said = json.loads(path.read_text())
+    except ValueError as wrong:
+        raise InterchangeError(f"{path} is no JSON: {wrong}; copy it from where it was saved again") from None
+    wanted = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+    said = said if isinstance(said, dict) else {}
+    if missing := [key for key in wanted if key not in said]:
+        raise InterchangeError(f"{path} does not say what the model is: it has no {', '.join(missing)}")
     return said
 
 
@@ -126,12 +144,17 @@ def _row(folder: Path, said: Mapping[str, Any]) -> str:
 def _language_config(row: str, said: Mapping[str, Any]) -> dict[str, object]:
     config: dict[str, object] = {key: said[key] for key in _KEYS if said.get(key) is not None}
     config |= {new: said[old] for old, new in _RENAMED.items() if said.get(old) is not None}
+    # What the row would say of these is not what their absence means.
+    config.setdefault("num_key_value_heads", said["num_attention_heads"])
+    if "sliding_window" in said:
+        config["sliding_window"] = said["sliding_window"]
     if row == "qwen":
         config["intermediate_size"] = said["intermediate_size"] // 2  # its two halves together
     if row == "minicpm":
         width = said["hidden_size"]
         config |= {
-            "embedding_multiplier": float(said.get("scale_emb", 1)),
+            # scale_emb is for ids; the reference always gives embeddings, which it does not scale.
+            "embedding_multiplier": 1.0,
             "residual_multiplier": said.get("scale_depth", 1) / said["num_hidden_layers"] ** 0.5,
             "logits_scaling": width / said.get("dim_model_base", width),
             "attention_multiplier": (width // said["num_attention_heads"]) ** -0.5,
@@ -171,23 +194,33 @@ def _tower_config(row: str, weights: str, said: Mapping[str, Any]) -> dict[str, 
     return config
 
 
-def _moe(said: Mapping[str, Any], dispatcher: str) -> MoESpec | None:
+def _moe(folder: Path, said: Mapping[str, Any], dispatcher: str) -> MoESpec | None:
     moe = said.get("moe") or {}
     if not moe.get("moe_enable"):
         return None
-    numbers = tuple(int(n) for n in moe["num_experts"])
-    return MoESpec(
-        experts=numbers[0] if len(set(numbers)) == 1 else numbers,
-        top_k=int(moe["top_k_experts"]),
-        layers=tuple(moe["moe_layers_idx"]),  # authoritative: moe_mode may be stale
-        capacity_factor=float(moe["capacity_factor"]),
-        eval_capacity_factor=float(moe["eval_capacity_factor"]),
-        min_capacity=int(moe["min_capacity"]),
-        aux_loss=float(moe["router_aux_loss_coef"]),
-        residual=bool(moe["use_residual"]),
-        rules="moe_llava",
-        dispatcher=dispatcher,  # type: ignore[arg-type]
-    )
+    try:
+        told, layers = moe["num_experts"], moe.get("moe_layers_idx")
+        numbers = (int(told),) if isinstance(told, int) else tuple(int(n) for n in told)
+        spec = MoESpec(
+            experts=numbers[0] if len(set(numbers)) == 1 else numbers,
+            top_k=int(moe["top_k_experts"]),
+            # The list is authoritative, where there is one: moe_mode may be stale.
+            layers=str(moe["moe_mode"]) if layers is None else tuple(layers),
+            capacity_factor=float(moe["capacity_factor"]),
+            eval_capacity_factor=float(moe["eval_capacity_factor"]),
+            min_capacity=int(moe["min_capacity"]),
+            aux_loss=float(moe["router_aux_loss_coef"]),
+            residual=bool(moe["use_residual"]),
+            rules="moe_llava",
+            dispatcher=dispatcher,  # type: ignore[arg-type]
+        )
+        for key, wrong, _ in spec.check():
+            raise InterchangeError(f"{folder}/config.json: its `moe`: {key}: {wrong}")
+        return spec
+    except KeyError as missing:
+        raise InterchangeError(
+            f"{folder}/config.json: its `moe` has no {missing}, without which its sparse layers are not known"
+        ) from None
 
 
 def _names(key: str, tensor: Tensor, row: str) -> Iterator[tuple[str, int | None, Tensor]]:
@@ -200,7 +233,7 @@ def _names(key: str, tensor: Tensor, row: str) -> Iterator[tuple[str, int | None
         elif name[:1].isdigit() or name in ("weight", "bias"):
             yield f"projector.{name}", None, tensor  # LLaVA's own
         return
-    for prefix in ("model.image_tower.image_tower.", "transformer.image_tower.image_tower."):
+    for prefix in _TOWERS:
         if key.startswith(prefix):
             yield f"tower.{key.removeprefix(prefix).removeprefix('vision_model.')}", None, tensor
             return

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moe import backbones, weights
+from moe.batches import checked
 from moe.parallel import Groups
 from moe.parts import VLMError, parts, train_only
 from moe.router import Traffic, balance
@@ -136,8 +137,10 @@ class VLM(nn.Module):
         """Put the images' features where -200 stands, drop masked positions, pad on the right.
 
         As the reference (moellava/model/llava_arch.py), except that a text-only sample brings no dummy image.
-        Raises VLMError when the images and their places differ in number.
+        Raises VLMError when the images and their places differ in number, or shapes do not fit.
         """
+        beside = {"attention_mask": attention_mask, "labels": labels, "segments": segments}
+        pixel_values = checked(input_ids, beside, pixel_values, self.vision.size)
         everything = torch.ones_like(input_ids, dtype=torch.bool)
         keep_BS = everything if attention_mask is None else attention_mask.bool()
         place_BS = (input_ids == IMAGE) & keep_BS
@@ -146,7 +149,8 @@ class VLM(nn.Module):
         if images != places:
             raise VLMError(
                 f"the batch brings {images} image(s), but its texts have {places} place(s) for one (-200); "
-                "a text was cut inside its images, or a sample names another number of images than it brings"
+                "a text was cut inside its images, or a sample names another number of images than it brings (a sample "
+                "without pictures brings none)"
             )
         embed = self.language.get_input_embeddings()
         if images:
@@ -283,7 +287,7 @@ class VLM(nn.Module):
     def cross_entropy(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """(sum, count) over the supervised next tokens; only their logits are computed, a chunk at a time."""
         wanted = labels[:, 1:] != IGNORE
-        rows_TD, target_T = hidden[:, :-1][wanted], labels[:, 1:][wanted]
+        rows_TD, target_T = hidden[:, :-1][wanted], labels[:, 1:][wanted].long()
 
         def chunk(rows: Tensor, target: Tensor) -> Tensor:
             return F.cross_entropy(self.head(rows).float(), target, reduction="sum")

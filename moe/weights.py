@@ -7,6 +7,8 @@ something is loaded.
 from __future__ import annotations
 
 import os
+import pickle
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -93,6 +95,7 @@ def load_language(spec: ModelSpec, *, vocab_size: int, seed: int, dtype: Any, fi
 
 def language_config(model_type: str, values: Mapping[str, object]) -> Any:
     """transformers' config of that type; `rope_theta` and `partial_rotary_factor` may be given flat."""
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     known = dict(values)
@@ -101,8 +104,9 @@ def language_config(model_type: str, values: Mapping[str, object]) -> Any:
         known.setdefault("rope_parameters", {"rope_type": "default", **rope})
     try:
         return AutoConfig.for_model(model_type, **known)
-    except (TypeError, ValueError) as wrong:
-        raise BackboneError(f"model.config: transformers refuses it for a {model_type}: {wrong}") from wrong
+    except (TypeError, ValueError, StrictDataclassError) as wrong:
+        said = " ".join(str(wrong).split())
+        raise BackboneError(f"model.config: transformers refuses it for a {model_type}: {said}") from wrong
 
 
 def load_tower(spec: ModelSpec, *, seed: int, dtype: Any, filled: bool = True) -> Any:
@@ -234,8 +238,7 @@ def _from_tensors(spec: ModelSpec, row: Language, config: Any, name: str, dtype:
 
 def tensors(folder: Path) -> Iterator[tuple[str, Any]]:
     """Every tensor of a folder of safetensors or .bin shards, one shard mapped at a time."""
-    import torch
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     # Other files may lie beside them: transformers' own names come first.
     shards = sorted(folder.glob("model*.safetensors")) or sorted(folder.glob("*.safetensors"))
@@ -244,12 +247,36 @@ def tensors(folder: Path) -> Iterator[tuple[str, Any]]:
     if not shards:
         raise BackboneError(f"{folder} holds no *.safetensors and no pytorch_model*.bin")
     for shard in shards:
-        if shard.suffix == ".safetensors":
-            with safe_open(shard, framework="pt") as opened:
-                for key in opened.keys():  # noqa: SIM118 - not a dict
-                    yield key, opened.get_tensor(key)
-        else:
-            yield from torch.load(shard, map_location="cpu", weights_only=True, mmap=True).items()
+        try:
+            if shard.suffix == ".safetensors":
+                with safe_open(shard, framework="pt") as opened:
+                    for key in opened.keys():  # noqa: SIM118 - not a dict
+                        yield key, opened.get_tensor(key)
+            else:
+                yield from _pickled(shard).items()
+        except (SafetensorError, OSError, EOFError, pickle.UnpicklingError, RuntimeError) as wrong:
+            with shard.open("rb") as file:
+                pointer = file.read(20).startswith(b"version https://git")
+            raise BackboneError(
+                f"{shard} cannot be read: "
+                + (
+                    "it is a git-lfs pointer, not the file; git lfs pull brings it"
+                    if pointer
+                    else _brief(wrong)
+                )
+            ) from wrong
+
+
+def _pickled(shard: Path) -> Any:
+    import torch
+
+    zipped = zipfile.is_zipfile(shard)  # torch before 1.6 wrote another format, which cannot be mapped
+    return torch.load(shard, map_location="cpu", weights_only=True, mmap=zipped)
+
+
+def _brief(wrong: Exception) -> str:
+    told = "it is no file that torch.save wrote" if isinstance(wrong, pickle.UnpicklingError) else str(wrong)
+    return f"{(told.strip() or 'it ends too soon').splitlines()[0]}; it may be cut short: copy it again"
 
 
 def native_names(key: str, tensor: Any) -> Iterator[tuple[str, Any]]:
