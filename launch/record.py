@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -81,7 +82,8 @@ def append_line(path: Path, record: Mapping[str, object], *, flush: bool = True)
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     """The journal's records; a line torn by a kill is no record."""
     try:
-        file = open(path, encoding="utf-8")  # noqa: SIM115 - a missing file is an empty journal
+        # A missing file is an empty journal; what a broken disk made of a line is no record, and takes no other along.
+        file = open(path, encoding="utf-8", errors="replace")  # noqa: SIM115
     except OSError:
         return
     with file:
@@ -104,6 +106,8 @@ def newest_lines(path: Path | str, block: int = 4096) -> Iterator[bytes]:
     except OSError:
         return
     try:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            return
         at = os.fstat(handle).st_size
         rest = b""
         while at:
@@ -210,15 +214,21 @@ class RunFolder:
 
     @property
     def journal(self) -> list[dict[str, Any]]:
-        return list(read_lines(self.journal_file))
+        return [record for record in read_lines(self.journal_file) if _is_event(record)]
 
     def last(self, *events: str) -> dict[str, Any] | None:
         """The newest record of one of the events."""
-        return next((r for r in newest_records(self.journal_file) if r.get("event") in events), None)
+        found = (record for record in newest_records(self.journal_file) if _is_event(record))
+        return next((record for record in found if record["event"] in events), None)
 
     def last_metrics(self) -> dict[str, Any]:
         """The newest whole row of metrics, read from the file's end; empty before the first step."""
         return next(newest_records(self.metrics_file), {})
+
+
+def _is_event(record: Mapping[str, Any]) -> bool:
+    """Whether a record says what happened and when, as `note` writes it."""
+    return isinstance(record.get("event"), str) and isinstance(record.get("time"), (int, float))
 
 
 def find_runs(root: Path) -> list[RunFolder]:

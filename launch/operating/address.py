@@ -43,7 +43,8 @@ def choose(
                 f"{word} may mean {names}; say more of the name, or a pattern such as '*{word}*'"
             )
         if not (meant := whole or loose):
-            near = did_you_mean(word, [name(folder, root) for folder in found], "see `runs.py list`")
+            otherwise = "see `runs.py list`" if found else "there are none"
+            near = did_you_mean(word, [name(folder, root) for folder in found], otherwise)
             raise LookupError(f"{word}: no such run in {root}; {near}")
         chosen |= {folder.path: folder for folder in meant}
     return list(chosen.values())

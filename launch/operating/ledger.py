@@ -114,9 +114,9 @@ def attempts(journal: Sequence[dict[str, Any]]) -> list[Attempt]:
 def of(folder: RunFolder, state: State) -> Ledger:
     """The run's ledger so far."""
     spec = read_json(folder.spec_file) or {}
-    gpus = int(spec.get("gpus", 0)) if spec.get("cluster", {}).get("device") == "cuda" else 0
+    gpus = int(spec.get("gpus") or 0) if (spec.get("cluster") or {}).get("device") == "cuda" else 0
     rows = [
-        Row(float(row.get("time", 0.0)), int(row.get("step", 0)), float(row.get("step_seconds", 0.0)))
+        Row(float(row.get("time") or 0.0), int(row.get("step") or 0), float(row.get("step_seconds") or 0.0))
         for row in read_lines(folder.metrics_file)
     ]
     return settle(attempts(folder.journal), rows, state, gpus, time.time(), _asked(folder))

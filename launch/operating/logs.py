@@ -26,7 +26,8 @@ def logs(chosen: Sequence[RunFolder], options: argparse.Namespace) -> int:
     """Print a log, and follow it when asked."""
     if len(chosen) != 1:
         names = ", ".join(name(folder, options.runs) for folder in chosen[:8])
-        return complain(f"logs shows one run, and {len(chosen)} are meant: {names}")
+        meant = f"{len(chosen)} are meant: {names}" if chosen else f"there are none in {options.runs}"
+        return complain(f"logs shows one run, and {meant}")
     try:
         path = find(chosen[0], name(chosen[0], options.runs), options.attempt, options.rank)
         wanted = re.compile(options.grep or "")

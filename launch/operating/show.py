@@ -85,8 +85,16 @@ def _past(lines: list[Line]) -> list[Line]:
 def list_(chosen: Sequence[RunFolder], options: argparse.Namespace) -> int:
     """Print the names."""
     names = [name(folder, options.runs) for folder in chosen]
-    print(json.dumps(names) if options.json else "\n".join(names))
+    if names or options.json:
+        print(json.dumps(names) if options.json else "\n".join(names))
+    else:
+        print(nothing(options), file=sys.stderr)
     return OK
+
+
+def nothing(options: argparse.Namespace) -> str:
+    """What is said where there are no runs."""
+    return f"no runs in {options.runs}; `python launch/submit.py SPEC` makes some"
 
 
 def status(chosen: Sequence[RunFolder], options: argparse.Namespace) -> int:
@@ -100,7 +108,7 @@ def status(chosen: Sequence[RunFolder], options: argparse.Namespace) -> int:
         else:
             if options.watch and sys.stdout.isatty():
                 print("\x1b[H\x1b[2J", end="")
-            print(render(lines, costs) if lines else f"no runs in {options.runs}", flush=True)
+            print(render(lines, costs) if lines else nothing(options), flush=True)
             for text in avoid.words(options.runs):
                 print(text)
         if why:

@@ -87,11 +87,11 @@ class Facts(NamedTuple):
             stage=str(run.get("stage", "")),
             parent=str(run.get("parent") or ""),
             batch=str(submitting.get("batch", "")),
-            element=int(submitting.get("index", 0)),
-            asked=float(submitting.get("time", 0.0)),
+            element=int(submitting.get("index") or 0),
+            asked=float(submitting.get("time") or 0.0),
             started=started,
             attempts=int(start["number"]) + 1 if "number" in start else starts,
-            step=int(row.get("step", 0)),
+            step=int(row.get("step") or 0),
             steps=int(start.get("steps", 0)),
             loss=row.get("loss"),
             done=handoff_step(folder),
@@ -110,7 +110,7 @@ def handoff_step(folder: str) -> int | None:
     if match := STEP.search(text, max(0, text.find(LINE_OF_STEP))):
         return int(match[1])
     handoff = _mapping(text)
-    return int(handoff.get("step", 0)) if handoff else None
+    return int(handoff.get("step") or 0) if handoff else None
 
 
 def _telling(path: str) -> Iterable[bytes]:

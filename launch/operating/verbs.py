@@ -151,6 +151,8 @@ def _run(options: argparse.Namespace) -> int:
 
         return doctor.main(options)
     options.runs = Path(os.path.abspath(options.runs))
+    if options.runs != REPOSITORY / "runs" and not options.runs.is_dir():
+        raise LookupError(f"--runs: there is no folder {options.runs}")
     if options.verb == "drill":
         from launch.recovery import drill
 

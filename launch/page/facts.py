@@ -194,6 +194,7 @@ def story(line: Line) -> Story:
     curves = Curves()
     for row in rows(folder.metrics_file):
         curves.add(row)
+    held_out = read_json(folder.eval_file) or {}
     return Story(
         line=line,
         record=folder.run,
@@ -202,7 +203,7 @@ def story(line: Line) -> Story:
         ledger=ledger.of(folder, line.state),
         tries=tuple(_tries(folder, line, curves.last)),
         handoff=read_json(folder.handoff_file) or {},
-        held_out=read_json(folder.eval_file) or {},
+        held_out=held_out if isinstance(held_out.get("accuracy"), (int, float)) else {},
         data=read_json(folder.data_file) or {},
         url=_url(folder),
     )

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from launch.operating import verbs
 from launch.record import RunFolder, write_json
 from tests.launch import chain
 
@@ -370,3 +371,28 @@ def test_a_run_that_would_be_another_with_this_code_is_not_submitted(tmp_path: P
     assert "s1/run would not be the same run with this code" in done.stderr
     write_json(folder.run_file, {**record, "code": "gone"})
     assert "is gone: without --same-code" in resubmit(tmp_path / "runs", slurm, "s1", "--same-code").stderr
+
+
+@pytest.mark.parametrize(
+    "file", ["run.json", "spec.json", "attempts.jsonl", "metrics.jsonl", "handoff.json", "eval.json"]
+)
+@pytest.mark.parametrize(
+    "damage", [b"\xff\xfe\x00junk\n", b'{"step": null, "time": null, "cluster": null}\n', None]
+)
+def test_a_damaged_file_takes_no_other_run_with_it(
+    runs: Path,
+    file: str,
+    damage: bytes | None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("PATH", "")  # without a squeue to wait for
+    run = next(path.parent for path in runs.rglob("run.json") if "failed" in path.parts)
+    (run / file).unlink(missing_ok=True)
+    if damage is None:
+        (run / file).mkdir()
+    else:
+        (run / file).write_bytes(damage)
+    for verb in (["explain", "sweep/failed"], ["status", "--cost", "--json"], ["status"]):
+        assert verbs.main(["--runs", str(runs), *verb]) == 0
+    assert "sweep/done" in capsys.readouterr().out
