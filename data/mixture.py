@@ -44,7 +44,7 @@ class Mixture:
 
     def __init__(self, sources: Sequence[Source], patches: int, longest: int) -> None:
         self.sources = list(sources)
-        self._records: list[np.ndarray] = []
+        self._records: list[np.ndarray | range] = []
         lengths: list[np.ndarray] = []
         self.too_long: list[np.ndarray] = []  # of each source: records whose first answer does not fit at all
         self.overlong = 0  # samples that are cut
@@ -63,9 +63,9 @@ class Mixture:
                 fits[lost] = False
                 chosen = np.flatnonzero(fits).astype(np.int32)
                 total = total[chosen]
+                self._records.append(chosen)
             else:
-                chosen = np.arange(len(total), dtype=np.int32)
-            self._records.append(chosen)
+                self._records.append(range(len(total)))
             self.overlong += int((total > longest).sum()) if len(long) else 0
             lengths.append(np.minimum(total, longest, out=total))
         self.starts = np.concatenate([[0], np.cumsum([len(records) for records in self._records])])
@@ -91,7 +91,7 @@ class Mixture:
     def words(self) -> np.ndarray:
         """Each sample's words, negative when it is text only: the length of the reference's sampler."""
         parts = [np.empty(0, np.int32)]
-        for source, records in zip(self.sources, self._records, strict=True):
+        for source, records in zip(self.sources, map(np.asarray, self._records), strict=True):
             columns = source.index.columns
             signs = np.where(columns["images"][records] > 0, 1, -1).astype(np.int32)
             parts.append(signs * np.maximum(columns["words"][records], 1))
@@ -102,20 +102,28 @@ class Mixture:
         source = int(np.searchsorted(self.starts, sample, side="right")) - 1
         return Place(source, int(self._records[source][sample - self.starts[source]]))
 
-    def members(self, epoch: int, seed: int) -> np.ndarray:
-        """An epoch's samples: each source as often as its weight has whole numbers, and a further part of it.
+    def members(self, epoch: int, seed: int, places: np.ndarray | None = None) -> np.ndarray:
+        """An epoch's samples, int32, or those at some places: each source as often as its weight has whole numbers,
+        and a further part of it.
 
         The parts go round one fixed shuffle: none comes twice before all have come, and none is drawn twice.
         """
-        parts = []
+        places = np.arange(self.samples) if places is None else places
+        found = np.empty(len(places), np.int32)
+        first = 0
         for number, (draws, records) in enumerate(zip(self.draws, self._records, strict=True)):
-            count, start = len(records), int(self.starts[number])
-            whole, rest = divmod(draws, count) if count else (0, 0)
-            parts += [np.arange(start, start + count, dtype=np.int32)] * whole
-            if rest:
-                places = np.arange(epoch * rest, (epoch + 1) * rest) % count
-                parts.append(permutation(count, seed, 1, number)[places] + np.int32(start))
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+            mine = np.flatnonzero((places >= first) & (places < first + draws))
+            if len(mine):
+                inside, count = places[mine] - first, len(records)
+                whole, rest = divmod(draws, count)
+                part = inside >= whole * count
+                inside[~part] %= count
+                if part.any():
+                    at = (epoch * rest + inside[part] - whole * count) % count
+                    inside[part] = permutation(count, seed, 1, number)[at]
+                found[mine] = inside + self.starts[number]
+            first += draws
+        return found
 
 
 class Stream:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from data.mixture import Mixture, permutation
+from data.shuffle import Shuffle
 
 WINDOW = 16_384  # samples packed together
 FIRST = 1024  # samples of an epoch's first window, so that the first batch comes at once
@@ -98,7 +99,6 @@ class PackedStream:
 
     def __init__(self, mixture: Mixture, capacity: int, size: int, seed: int) -> None:
         self._mixture, self._capacity, self._size, self._seed = mixture, capacity, size, seed
-        self._order = (-1, np.empty(0, np.int32), np.empty(0, np.int32))  # epoch, its samples, their order
         self._packed: tuple[tuple[int, int], list[list[int]]] = ((-1, -1), [])
         self._cursors: dict[int, list[int]] = {0: [0, 0, 0, 0]}
 
@@ -139,11 +139,10 @@ class PackedStream:
     def _window(self, epoch: int, window: int) -> list[list[int]]:
         if self._packed[0] == (epoch, window):
             return self._packed[1]
-        if self._order[0] != epoch:
-            members = self._mixture.members(epoch, self._seed)
-            self._order = (epoch, members, permutation(len(members), self._seed, 7, epoch))
         start = FIRST + (window - 1) * WINDOW if window else 0
-        samples = self._order[1][self._order[2][start : FIRST + window * WINDOW]]
+        stop = min(FIRST + window * WINDOW, self._mixture.samples)
+        order = Shuffle(self._mixture.samples, self._seed, 7, epoch)
+        samples = self._mixture.members(epoch, self._seed, order[np.arange(start, stop)])
         bins = pack(self._mixture.lengths[samples].tolist(), self._capacity)
         mixed = permutation(len(bins), self._seed, 8, epoch, window)
         self._packed = ((epoch, window), [samples[bins[at]].tolist() for at in mixed])
