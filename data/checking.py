@@ -16,7 +16,7 @@ import numpy as np
 import xxhash
 
 from data.catalog import CatalogError, Dataset, annotation_path
-from data.conversation import IGNORED, IMAGE_ID, TEMPLATES, ConversationError, encode_many
+from data.conversation import IGNORED, IMAGE_ID, TEMPLATES, ConversationError, encode_many, remembering
 from data.findings import KINDS, Finding
 from data.inspection import Picture, broken, defects, paths_of, picture
 from data.records import Record, RecordError, stream
@@ -84,7 +84,9 @@ class _Checker:
         self.options = report.options
         self.template = TEMPLATES[report.options.template]
         self.specials: list[str] = []
+        self.memory = None
         if report.options.tokenizer is not None:
+            self.memory = remembering(report.options.tokenizer, report.options.template)
             self.specials = [str(token) for token in report.options.tokenizer.all_special_tokens]
         self.seen = Seen()  # pictures, by the hash of their path
         self.bad, self.bad_at = array("Q"), array("Q")  # those with defects, and where these are kept
@@ -168,7 +170,7 @@ class _Checker:
         """Lengths and learnt shares under the tokenizer."""
         asked = [(record.value["conversations"], bool(paths_of(record.value))) for record in records]
         patches, longest = self.options.patches, self.options.max_length
-        encoded = encode_many(asked, self.options.tokenizer, self.options.template)
+        encoded = encode_many(asked, self.options.tokenizer, self.options.template, self.memory)
         for record, outcome in zip(records, encoded, strict=True):
             name = str(record.value.get("id", ""))
             if isinstance(outcome, ConversationError):

@@ -9,10 +9,12 @@ lose the sample.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
+from data.by_word import ByWord, Part
 from data.offsets import Tokens, tokenized, tokenized_many
 from data.templates import (
     IMAGE,
@@ -65,13 +67,17 @@ def encode(conversations: Conversation, tokenizer: Any, template: str, has_image
     Raises ConversationError where the reference raises and then takes a random other sample.
     """
     text, spans = render(conversations, tokenizer, named(template), has_image)
-    return _encoded(text, spans, _tokens(text, spans, tokenizer, template, has_image))
+    ids, starts = _tokens(text, spans, tokenizer, template, has_image)
+    return _encoded(ids, spans, partial(bisect_left, starts))
 
 
 def encode_many(
-    batch: Sequence[tuple[Conversation, bool]], tokenizer: Any, template: str
+    batch: Sequence[tuple[Conversation, bool]], tokenizer: Any, template: str, memory: ByWord | None = None
 ) -> list[Encoded | ConversationError]:
-    """As `encode` of each (conversations, has_image), on all cores where the tokenizer can."""
+    """As `encode` of each (conversations, has_image), on all cores where the tokenizer can.
+
+    `memory`, of this tokenizer and template, is what batches before this one taught; `remembering` makes one.
+    """
     chosen = named(template)
     results: list[Encoded | ConversationError] = []
     if not getattr(tokenizer, "is_fast", False):
@@ -87,29 +93,94 @@ def encode_many(
             texts.append((*render(conversations, tokenizer, chosen, has_image), has_image))
         except ConversationError as error:
             texts.append(error)
+    quick: list[Encoded | None] = [None] * len(texts)
+    if memory:
+        new: dict[int, list[list[Part]]] = {}
+        for at, text in enumerate(texts):
+            if isinstance(text, ConversationError) or (chunks := _cut(*text, memory)) is None:
+                continue
+            try:
+                quick[at] = _remembered(text[0], text[1], chunks, memory, tokenizer, chosen)
+            except KeyError:
+                new[at] = chunks
+        memory.learn(part for chunks in new.values() for parts in chunks for part in parts)
+        for at, chunks in new.items():
+            text = texts[at]
+            assert not isinstance(text, ConversationError)
+            quick[at] = _remembered(text[0], text[1], chunks, memory, tokenizer, chosen)
     wanted: dict[str, None] = {}  # most samples with an image start alike
-    for text in texts:
-        if not isinstance(text, ConversationError):
+    for text, done in zip(texts, quick, strict=True):
+        if not done and not isinstance(text, ConversationError):
             wanted.update(dict.fromkeys(_chunks(text[0], text[2])))
     known = dict(zip(wanted, tokenized_many(tokenizer, list(wanted), chosen.style != "chat"), strict=True))
-    for text in texts:
-        if isinstance(text, ConversationError):
-            results.append(text)
+    for text, done in zip(texts, quick, strict=True):
+        if done or isinstance(text, ConversationError):
+            results.append(done or text)  # type: ignore[arg-type]
         else:
-            chunks = _chunks(text[0], text[2])
-            results.append(
-                _encoded(text[0], text[1], _joined(chunks, map(known.__getitem__, chunks), tokenizer, chosen))
-            )
+            parts = _chunks(text[0], text[2])
+            ids, starts = _joined(parts, map(known.__getitem__, parts), tokenizer, chosen)
+            results.append(_encoded(ids, text[1], partial(bisect_left, starts)))
     return results
 
 
-def _encoded(text: str, spans: Sequence[Span], tokens: Tokens) -> Encoded:
-    ids, starts = tokens
+def remembering(tokenizer: Any, template: str) -> ByWord | None:
+    """A memory for `encode_many`; None for a tokenizer of which words cannot be taken one by one."""
+    return ByWord.of(tokenizer, named(template).style != "chat")
+
+
+def _cut(text: str, spans: Sequence[Span], has_image: bool, memory: ByWord) -> list[list[Part]] | None:
+    """The words of each chunk, in parts that start where answers start and end; None where there is no cut."""
+    base, found = 0, []
+    places = [place for span in spans for place in span]
+    for chunk in _chunks(text, has_image):
+        parts = memory.parts(chunk, [place - base for place in places])
+        if parts is None:
+            return None
+        found.append(parts)
+        base += len(chunk) + len(IMAGE)
+    return found
+
+
+def _remembered(
+    text: str,
+    spans: Sequence[Span],
+    chunks: Sequence[Sequence[Part]],
+    memory: ByWord,
+    tokenizer: Any,
+    template: Template,
+) -> Encoded | None:
+    """As `_joined` and `_encoded` do; None where a text itself starts with BOS, which `_joined` looks at."""
+    ids: list[int] = []
+    marks: dict[int, int] = {}  # of places in the text: the first token there
+    base = 0
+    for number, (chunk, parts) in enumerate(zip(text.split(IMAGE, len(chunks) - 1), chunks, strict=True)):
+        if number:
+            ids.append(IMAGE_ID)
+            base += len(IMAGE)
+        else:
+            ids += memory.head  # BOS or nothing: later chunks lose theirs
+        for start, words in parts:
+            marks[base + start] = len(ids)
+            memory.add(words, ids)
+        base += len(chunk)
+        marks.setdefault(base, len(ids))
+        if (
+            not number
+            and not memory.head
+            and template.style != "chat"
+            and ids[:1] == [tokenizer.bos_token_id]
+        ):
+            return None
+    return _encoded(ids, spans, marks.__getitem__)
+
+
+def _encoded(ids: list[int], spans: Sequence[Span], token_at: Callable[[int], int]) -> Encoded:
+    """`token_at` gives the first token at or after a place in the text."""
     labels = [IGNORED] * len(ids)
     ends: list[int] = []
     for first, last in spans:
         # No token crosses a span's ends: a colon stands before it, the turn's end is a token of its own.
-        left, right = bisect_left(starts, first), bisect_left(starts, last)
+        left, right = token_at(first), token_at(last)
         labels[left:right] = ids[left:right]
         if right > left:
             ends.append(right)

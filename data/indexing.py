@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from data.conversation import IGNORED, IMAGE_ID, ConversationError, Encoded, encode_many
+from data.conversation import IGNORED, IMAGE_ID, ConversationError, Encoded, encode_many, remembering
 from data.records import Record, stream
 from data.words import is_path, kind_of
 
@@ -79,6 +80,7 @@ class Builder:
         size = self.annotation.stat().st_size
         # Ids above 65,534 need four bytes; 65,535 stands for an image.
         narrow = max(self.tokenizer.get_vocab().values()) < 0xFFFF
+        self.memory = remembering(self.tokenizer, self.template)
         self.token_type = np.dtype("<u2" if narrow else "<i4")
         self.folder.mkdir(parents=True, exist_ok=True)
         names = [*(f"{name}.col" for name in COLUMNS), "tokens.bin", "spans.bin", "paths.bin", "faults.jsonl"]
@@ -86,6 +88,7 @@ class Builder:
         self.counts = {name: mark["sizes"].get(name, 0) for name in names}
         records = stream(self.annotation, mark["byte"], mark["records"])
         with contextlib.ExitStack() as stack:
+            stack.enter_context(_uncollected())
             self.files = {name: stack.enter_context((self.folder / name).open("ab")) for name in names}
             number = mark["records"]
             while batch := list(itertools.islice(records, MARK)):
@@ -134,7 +137,7 @@ class Builder:
             for record, fault in zip(batch, broken, strict=True)
             if fault is None
         ]
-        encoded = iter(encode_many(asked, self.tokenizer, self.template))
+        encoded = iter(encode_many(asked, self.tokenizer, self.template, self.memory))
         rows: dict[str, list[int]] = {name: [] for name in COLUMNS}
         tokens: list[int] = []
         spans: list[int] = []
@@ -185,6 +188,18 @@ class Builder:
         self._put("paths.bin", b"".join(paths))
         for name, kind in COLUMNS.items():
             self._put(f"{name}.col", np.array(rows[name], dtype=kind).tobytes())
+
+
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+    """Nothing that a build makes refers to itself, and the collector would go over its millions of numbers."""
+    on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if on:
+            gc.enable()
 
 
 def words(conversations: list[dict[str, str]]) -> int:
