@@ -155,7 +155,7 @@ def late(root: Path, folder: RunFolder, element: str, restarts: int) -> None:
         return
     had = sorted({beat.node for beat in beats(folder.logs(attempt)).values()})
     lost = avoid.down(",".join(had)) if had else ()
-    rows = cluster.past([element]).get(element, [])[-2:-1]
+    rows = [row for row in cluster.past([element]).get(element, []) if row.ended][-1:]
     if lost:
         found = Finding("infrastructure", f"SLURM lost {', '.join(lost)}", lost)
     elif rows and rows[0].state == "NODE_FAIL":

@@ -165,6 +165,18 @@ def test_the_loss_of_a_batch_host_is_told_by_the_next_attempt_and_held_against_i
     assert [record["node"] for record in read_lines(run.root / "runs" / "nodes.jsonl")] == [host]
 
 
+def test_a_node_that_was_lost_and_is_back_already_is_known_from_accounting(
+    slurm_accounting: PrivateSlurm, tmp_path: Path
+) -> None:
+    run = Submitted(slurm_accounting, tmp_path, "run", "finish", gpus_per_node=2)
+    slurm_accounting.wait(lambda: run.of("start"), 30)
+    host = run.of("start")[0]["node"]
+    slurm_accounting.node_fails(host)
+    slurm_accounting.wait_state(run.id, "COMPLETED", timeout=60, nudge=True)
+    assert run.of("verdict")[0]["reason"] == f"SLURM lost one of its nodes ({host})"
+    assert [record["node"] for record in read_lines(run.root / "runs" / "nodes.jsonl")] == [host]
+
+
 def test_where_requeueing_is_forbidden_a_new_job_goes_on_and_dependents_follow_it(
     private_slurm: Callable[..., PrivateSlurm], tmp_path: Path
 ) -> None:
