@@ -7,17 +7,15 @@ median of the rounds' ratios, with the 95 % interval of that median. The first r
 too). `restore`: into the tensors that are there, from a warm cache; ours checks every byte against its digest and
 brings the weights up to date, the others check nothing. `speed`: of a training loop of small operations while the
 rest is written, of its speed alone; `with cores`: the same but for the time the loop waited for a core, as where
-there are enough of them; `lost`: seconds it lost to the save, stall and slower running. Then a state that two
-ranks wrote is restored by one. About six minutes on a calm machine; `--rounds 2 --mib 64` takes half of one.
+there are enough of them; `lost`: seconds it lost to the save, stall and slower running. Before all that, a state
+two ranks wrote is restored by one. After six minutes (`--minutes`) rounds are left out, all but two of each kind.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import logging
-import math
 import os
 import resource
 import shutil
@@ -26,6 +24,7 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -58,30 +57,52 @@ from tests.bench.moe_layer_verdicts import ratio, slope
 from tests.ranks import ranks
 
 Rows = dict[str, list[Times]]
-COLUMNS = ("stall", "durable", "restore", "speed", "with cores", "lost", "first stall")
+COLUMNS = ("stall", "durable", "speed", "with cores", "lost", "first stall", "restore", "checked")
 OTHER = "2 ranks to 1"
 FULL = 1024  # MiB: the size whose stall and durable time have goals; smaller ones wait three times for the disk too
 
 
-def measure(mib: int, small: bool, rounds: int, only: list[str], folder: Path) -> Rows:
-    """Each contender's times, a row a round."""
+def measure(
+    mib: int, small: bool, rounds: int, only: list[str], folder: Path, until: float
+) -> tuple[Rows, Rows]:
+    """Each contender's saves, a row a round, and then its restores of its last one, with no disk between them.
+
+    Two rounds of each at least; more of them while it is not later than `until`.
+    """
     loop = Loop()
     runners = contenders(mib, small, only)
-    rows: Rows = {name: [] for name in only}
     first: Times = {}
+
+    def saved(name: str) -> Times:
+        shutil.rmtree(folder / name, ignore_errors=True)
+        os.sync()  # the disk comes to rest: freeing a file is work for it too
+        time.sleep(0.2)
+        loop.usual = loop.rates(lambda: True)[:2]
+        times: Times = runners[name].save(folder / name, loop)
+        return times | {"first stall": first.setdefault(name, times["stall"])}
+
+    def loaded(name: str) -> Times:
+        times: Times = runners[name].load(folder / name)
+        return times
+
+    began = time.monotonic()
+    saves = in_turn(saved, only, rounds, began + 0.8 * (until - began))
+    loads = in_turn(loaded, only, 2 * rounds, until)
+    for name in only:
+        shutil.rmtree(folder / name)
+    return saves, loads
+
+
+def in_turn(work: Callable[[str], Times], names: list[str], rounds: int, until: float) -> Rows:
+    """What each gives, a row a round, in another order each round; the first round is not counted."""
+    rows: Rows = {name: [] for name in names}
     for turn in range(rounds + 1):
-        for name in only[turn % len(only) :] + only[: turn % len(only)]:
-            place = folder / name
-            os.sync()  # the disk comes to rest: freeing the last one's files is work for it too
-            time.sleep(0.2)
-            loop.usual = loop.rates(lambda: True)[:2]
-            times: Times = runners[name].save(place, loop)
-            times |= runners[name].load(place)
-            shutil.rmtree(place)
+        if turn > 2 and time.monotonic() > until:
+            break
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            found = work(name)
             if turn:
-                rows[name].append(times | {"first stall": first[name]})
-            else:
-                first[name] = times["stall"]
+                rows[name].append(found)
     return rows
 
 
@@ -101,23 +122,22 @@ def two_ranks(mib: int, folder: Path) -> None:
     dist.barrier()
 
 
-def on_another_number_of_ranks(mib: int, rounds: int, folder: Path) -> Rows:
+def on_another_number_of_ranks(mib: int, rounds: int, folder: Path, until: float) -> Rows:
     """A state of tensors of 64 KiB that two ranks wrote, restored by this one process."""
     ranks(2)(two_ranks, mib, folder)
     engine = engine_of(mib, True)
     state = {f"{f.name}.{f.kind}": f.tensor.clone() for f in engine.fragments()}
     ours = Checkpoints(folder / OURS, engine.groups)
-    restores = {
-        OURS: functools.partial(ours.resume, engine),
-        DCP: functools.partial(dcp.load, state, checkpoint_id=folder / DCP),
-    }
-    rows: Rows = {name: [] for name in restores}
-    for turn in range(rounds + 1):
-        for name in list(restores)[:: 1 if turn % 2 else -1]:
-            began = time.perf_counter()
-            assert restores[name]() is not None or name == DCP
-            if turn:
-                rows[name].append({"restore": time.perf_counter() - began})
+
+    def loaded(name: str) -> Times:
+        began = time.perf_counter()
+        if name == OURS:
+            assert ours.resume(engine) is not None
+        else:
+            dcp.load(state, checkpoint_id=folder / DCP)
+        return {"restore": time.perf_counter() - began}
+
+    rows = in_turn(loaded, [OURS, DCP], 2 * rounds, until)
     for fragment in engine.fragments():  # both hold what was written
         if fragment.kind == "master":
             assert fragment.tensor.count_nonzero()
@@ -125,35 +145,47 @@ def on_another_number_of_ranks(mib: int, rounds: int, folder: Path) -> Rows:
     return rows
 
 
-def table(title: str, rows: Rows, load: tuple[float, float]) -> None:
+def table(title: str, saves: Rows, loads: Rows, load: tuple[float, float]) -> None:
     """Medians, in seconds."""
-    print(f"\n{title}; load {load[0]:.1f} to {load[1]:.1f} on {os.cpu_count()} cores; medians, seconds")
-    columns = [c for c in (*COLUMNS, "checked") if any(c in row for found in rows.values() for row in found)]
+    counts = "; ".join(
+        f"{len(next(iter(rows.values())))} rounds of {what}"
+        for what, rows in (("saves", saves), ("restores", loads))
+        if rows
+    )
+    print(
+        f"\n{title}; {counts}; load {load[0]:.1f} to {load[1]:.1f} on {os.cpu_count()} cores; medians, seconds"
+    )
+    rows = {name: [saves.get(name, []), found] for name, found in loads.items()}
+    columns = [
+        c for c in COLUMNS if any(c in row for kinds in rows.values() for kind in kinds for row in kind)
+    ]
     print(f"{'':20}" + "".join(f"{column:>13}" for column in columns))
-    for name, found in rows.items():
-        cells = (
-            f"{statistics.median(row[column] for row in found):13.3f}" if column in found[0] else f"{'':13}"
-            for column in columns
-        )
+    for name, kinds in rows.items():
+        cells = []
+        for column in columns:
+            values = [row[column] for kind in kinds for row in kind if column in row]
+            cells.append(f"{statistics.median(values):13.3f}" if values else f"{'':13}")
         print(f"{name:20}" + "".join(cells))
 
 
-def goals(case: str, rows: Rows) -> list[dict[str, Any]]:
+def goals(case: str, saves: Rows, loads: Rows) -> list[dict[str, Any]]:
     """Each goal of one state, and what was reached."""
-    full, small = case == f"{FULL} MiB, large", "small" in case
+    mib = int(case.split()[0])
+    full, small, many = mib == FULL and "large" in case, "small" in case, mib >= 256 and "small" in case
     wanted = [  # words, whose, what, over whose, what, at least, at most (0: no goal)
         ("stall: torch.save / ours", TORCH, "stall", ASYNC, "stall", 8.0 * full, 0.0),
         ("stall: DCP's thread / ours", THREAD, "stall", ASYNC, "stall", 2.5 * full, 0.0),
         ("stall: ours / one copy", ASYNC, "stall", LIMIT, "stall", 0.0, 1.3 * full),
         ("durable: ours / one plain write", OURS, "durable", LIMIT, "durable", 0.0, 1.2 * full),
-        ("durable: DCP / ours", DCP, "durable", OURS, "durable", 5.0 * small, 0.0),
-        ("restore: DCP / ours", DCP, "restore", OURS, "restore", 15.0 if small else 2.5, 0.0),
+        ("durable: DCP / ours", DCP, "durable", OURS, "durable", 5.0 * many, 0.0),
+        ("restore: DCP / ours", DCP, "restore", OURS, "restore", 15.0 * many if small else 2.5, 0.0),
         ("restore: torch.save / ours", TORCH, "restore", OURS, "restore", 0.0, 0.0),
         ("restore: ours / bare read and digest", OURS, "restore", LIMIT, "checked", 0.0, 0.0),
         ("restore: DCP / bare read and digest", DCP, "restore", LIMIT, "checked", 0.0, 0.0),
     ]
     said = []
     for words, one, what, other, of, least, most in wanted:
+        rows = loads if what in ("restore", "checked") else saves
         if not (rows.get(one) and rows.get(other) and what in rows[one][0] and of in rows[other][0]):
             continue
         value, low, high = ratio([row[what] for row in rows[one]], [row[of] for row in rows[other]])
@@ -163,9 +195,9 @@ def goals(case: str, rows: Rows) -> list[dict[str, Any]]:
     return said
 
 
-def judged(case: str, rows: Rows) -> list[dict[str, Any]]:
+def judged(case: str, saves: Rows, loads: Rows) -> list[dict[str, Any]]:
     """Print what a state's ratios came to."""
-    found = goals(case, rows)
+    found = goals(case, saves, loads)
     for row in found:
         verdict = "" if row["met"] is None else "  met" if row["met"] else "  MISSED"
         goal = f"  goal {row['goal']}{verdict}" if row["goal"] else ""
@@ -173,7 +205,7 @@ def judged(case: str, rows: Rows) -> list[dict[str, Any]]:
     return found
 
 
-def growth(results: dict[str, Rows], kind: str) -> None:
+def growth(results: dict[str, tuple[Rows, Rows]], kind: str) -> None:
     """How time grows with the size: 1 is linear."""
     cases = {int(case.split()[0]): rows for case, rows in results.items() if case.endswith(f", {kind}")}
     for name, what in (
@@ -184,12 +216,16 @@ def growth(results: dict[str, Rows], kind: str) -> None:
         (DCP, "restore"),
     ):
         points = [
-            (float(mib), statistics.median(row[what] for row in rows[name]))
+            (float(mib), statistics.median(row[what] for row in rows[what == "restore"][name]))
             for mib, rows in cases.items()
-            if rows.get(name)
         ]
         if len(points) > 1:
             print(f"  {kind}: {what} of {name:14} ~ size^{slope(points):.2f}")
+
+
+def _share(mib: int, kind: str) -> float:
+    """Of the time there is: about what a case takes."""
+    return (mib + 200) * {"large": 1.0, "small": 1.5, OTHER: 0.7}[kind]
 
 
 def main() -> None:
@@ -199,6 +235,9 @@ def main() -> None:
         "--kinds", nargs="+", default=["large", "small", OTHER], choices=["large", "small", OTHER]
     )
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--minutes", type=float, default=6.0, help="after which rounds are left out, all but two"
+    )
     parser.add_argument("--process", action="store_true", help="DCP's process too: twice the time")
     parser.add_argument(
         "--folder", type=Path, default=None, help="where to write; a temporary folder if not named"
@@ -210,40 +249,45 @@ def main() -> None:
     torch.set_num_threads(1)
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(1024, hard) if hard > 0 else 1024, hard))
-    results: dict[str, Rows] = {}
+    results: dict[str, tuple[Rows, Rows]] = {}
     verdicts = {}
-
-    def ran(case: str, title: str, rows: Rows, load: float) -> None:
+    cases = [
+        (mib, kind)
+        for kind in ("large", "small")
+        if kind in options.kinds
+        for mib in sorted(options.mib)[::-1]
+    ]
+    cases += [(min(256, max(options.mib)), OTHER)] if OTHER in options.kinds else []
+    cases.sort(key=lambda case: case[1] != OTHER)  # first: ranks are forked while this process is small
+    left = sum(_share(*case) for case in cases)
+    end = time.monotonic() + 60 * options.minutes
+    for mib, kind in cases:
+        load, now = os.getloadavg()[0], time.monotonic()
+        until = now + (end - now) * _share(mib, kind) / left
+        left -= _share(mib, kind)
+        many = kind == "small" and mib > 256
+        names = [OURS, ASYNC, DCP] if many else [OURS, ASYNC, TORCH, DCP, THREAD, LIMIT]
+        names += [PROCESS] if options.process else []
+        with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+            if kind == OTHER:
+                rows = {}, on_another_number_of_ranks(mib, options.rounds, Path(folder), until)
+            else:
+                rows = measure(mib, kind == "small", options.rounds, names, Path(folder), until)
+        case = f"{mib} MiB, {'small, ' * (kind == OTHER)}{kind}"
         results[case] = rows
-        table(title, rows, (load, os.getloadavg()[0]))
-        verdicts[case] = judged(case, rows)
+        count = "48 tensors" if kind == "large" else f"{mib << 4} tensors of 64 KiB"
+        table(
+            f"{mib} MiB in {count}{', written by 2 ranks and restored by 1' * (kind == OTHER)}",
+            *rows,
+            (load, os.getloadavg()[0]),
+        )
+        verdicts[case] = judged(case, *rows)
         sys.stdout.flush()
-
-    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        if OTHER in options.kinds:  # first: ranks are forked while this process is small
-            load, mib = os.getloadavg()[0], min(256, max(options.mib))
-            rows = on_another_number_of_ranks(mib, options.rounds, Path(folder))
-            ran(
-                f"{mib} MiB, small, {OTHER}",
-                f"{mib} MiB in tensors of 64 KiB, 2 ranks' restored by 1",
-                rows,
-                load,
-            )
-        for kind in ("large", "small"):
-            for mib in options.mib if kind in options.kinds else ():
-                many = kind == "small" and mib > 256
-                names = [OURS, ASYNC, DCP] if many else [OURS, ASYNC, TORCH, DCP, THREAD, LIMIT]
-                names += [PROCESS] if options.process else []
-                load = os.getloadavg()[0]
-                rounds = math.ceil(options.rounds / 2) if many else options.rounds
-                rows = measure(mib, kind == "small", rounds, names, Path(folder))
-                count = f"{mib << 4} tensors of 64 KiB" if kind == "small" else "48 tensors"
-                ran(f"{mib} MiB, {kind}", f"{mib} MiB in {count}, {rounds} rounds", rows, load)
+        if options.json:
+            options.json.write_text(json.dumps({"rounds": results, "ratios": verdicts}, indent=1))
     print("\nGrowth, 1 is linear:")
     for kind in ("large", "small"):
         growth(results, kind)
-    if options.json:
-        options.json.write_text(json.dumps({"rounds": results, "ratios": verdicts}, indent=1))
 
 
 if __name__ == "__main__":
