@@ -148,6 +148,8 @@ def read(path: Path | str | bytes) -> Image.Image:
             return _rgb(picture)
     except FileNotFoundError:
         raise ImageError(f"{name}: there is no such file") from None
+    except IsADirectoryError:
+        raise ImageError(f"{name}: this is a folder, not a picture") from None
     except UnidentifiedImageError:
         empty = not path if isinstance(path, bytes) else Path(path).stat().st_size == 0
         raise ImageError(

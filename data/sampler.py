@@ -57,17 +57,17 @@ class Order(Sequence[list[int]]):
 
 
 def by_length(
-    lengths: np.ndarray, batch: int, chunks: int, generator: torch.Generator | None = None
+    lengths: np.ndarray | Sequence[int], batch: int, chunks: int, generator: torch.Generator | None = None
 ) -> Order:
     """Megabatches of `batch * chunks` samples of a random order, each sorted and dealt into `chunks`.
 
     `generator` None: torch's global one.
     """
-    return Order(_cut(_permutation(len(lengths), generator), batch * chunks), lengths, chunks)
+    return Order(_cut(_permutation(len(lengths), generator), batch * chunks), np.asarray(lengths), chunks)
 
 
 def by_modality(
-    lengths: np.ndarray,
+    lengths: np.ndarray | Sequence[int],
     batch: int,
     chunks: int,
     generator: torch.Generator | None = None,
@@ -79,6 +79,7 @@ def by_modality(
     modality, even a full one, goes into one that ends the epoch, sorted by index. ValueError for a length of
     0.
     """
+    lengths = np.asarray(lengths)
     if (lengths == 0).any():
         raise ValueError("a sample of length 0 belongs to no modality")
     if (lengths > 0).all() or (lengths < 0).all():

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from data.conversation import prompt
+from data.conversation import IMAGE, prompt
 from data.images import ImageFormat, load
 from moe.generate import answer
 from moe.interchange import open_checkpoint, run_spec
@@ -20,7 +20,7 @@ from moe.vlm import VLM
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Answer one question, or hold a conversation; 2 when it cannot be done, saying why."""
+    """Answer one question, or hold a conversation; 2 when it cannot be done, saying why, 130 after Ctrl-C."""
     parser = argparse.ArgumentParser(
         prog="moe/generate.py", description="Ask a trained model about images.", allow_abbrev=False
     )
@@ -33,12 +33,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--routing", type=Path, metavar="PNG", help="picture which experts the prompt went to"
     )
     given = parser.parse_intermixed_args(arguments)  # options may stand before the question
+    if given.max_new_tokens < 1:
+        parser.error(f"--max-new-tokens {given.max_new_tokens}: an answer has at least 1")
     try:
         given.checkpoint = newest(given.checkpoint)
         return _converse(given)
     except (ValueError, RuntimeError, OSError) as wrong:
         print(f"error: {wrong}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(file=sys.stderr)  # the shell's next prompt begins a line
+        return 130
 
 
 def newest(path: Path) -> Path:
@@ -70,7 +75,14 @@ def _converse(given: argparse.Namespace) -> int:
     turns: list[dict[str, str]] = []
     question = given.question or _ask()
     while question:
-        text = "<image>\n" * len(given.image) + question if not turns else question
+        if given.image and IMAGE in question:
+            wrong = f"leave {IMAGE} out of the question: the pictures named by --image stand before it"
+            if given.question:
+                raise ValueError(wrong)
+            print(wrong, file=sys.stderr)
+            question = _ask()
+            continue
+        text = f"{IMAGE}\n" * len(given.image) + question if not turns else question
         turns.append({"from": "human", "value": text})
         ids = prompt(turns, tokenizer, template, has_image=bool(given.image))
         if given.routing:

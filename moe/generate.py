@@ -10,6 +10,7 @@ that share experts answer in step: whoever has finished makes passes without tok
 from __future__ import annotations
 
 import importlib
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from torch import Tensor
 if __name__ == "__main__":
     # Run as a file, Python puts moe/ at the head of the path; the repository belongs there.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is imported ends in silence
 
 from moe.parallel import Groups
 from moe.router import Traffic
@@ -139,4 +141,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    importlib.import_module("launch.ask")
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.exit(main())

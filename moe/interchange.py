@@ -74,14 +74,25 @@ def open_checkpoint(path: Path | str, *, dtype: torch.dtype | None = None) -> tu
 
 def run_spec(checkpoint: Path | str) -> dict[str, Any]:
     """What the spec.json of a checkpoint's run folder says."""
-    said: dict[str, Any] = json.loads((_run(checkpoint) / "spec.json").read_text())
-    return said
+    path = _run(checkpoint) / "spec.json"
+    try:
+        said = json.loads(path.read_text())
+    except ValueError as wrong:
+        raise InterchangeError(f"{path} is no JSON: {wrong}") from None
+    sections = [said.get(key, {}) for key in ("model", "moe", "data")] if isinstance(said, dict) else [None]
+    if not all(isinstance(section, dict) for section in sections):
+        raise InterchangeError(f"{path} is not what a run writes: a mapping with model, moe and data")
+    if (stage := said.get("stage", "instruct")) not in STAGES:
+        raise InterchangeError(f"{path} says stage {stage!r}, which is none of {', '.join(STAGES)}")
+    told: dict[str, Any] = said
+    return told
 
 
 def _run(checkpoint: Path | str) -> Path:
     path = Path(checkpoint).resolve()
     if not path.is_dir():
-        raise InterchangeError(f"there is no folder {path}")
+        why = "is a file, not a checkpoint's folder" if path.exists() else "is not there"
+        raise InterchangeError(f"{path} {why}: name a run folder, or one of its checkpoints/step_...")
     for above in path.parents:
         if (above / "spec.json").is_file():
             return above

@@ -84,4 +84,4 @@ def draw(table: list[Share], path: Path) -> None:
             axis.legend(ncols=2, frameon=False, loc="upper right")
     axes[-1].set_xlabel("expert; the line is an even share")
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, format="png")  # whatever the name ends in

@@ -26,7 +26,7 @@ def seeded(seed: int | None) -> torch.Generator | None:
 def test_orders_equal_the_reference(case: dict[str, Any]) -> None:
     torch.manual_seed(case["global_seed"])
     order = by_modality(
-        np.array(case["lengths"]), case["batch_size"], case["world_size"], seeded(case["generator_seed"])
+        case["lengths"], case["batch_size"], case["world_size"], seeded(case["generator_seed"])
     )
     assert order.flat() == case["indices"]
 

@@ -258,6 +258,48 @@ def test_the_command_holds_a_conversation(
     assert capsys.readouterr().out.count("\n") == 2
 
 
+def test_a_conversation_outlives_a_slip_and_ends_at_ctrl_c(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turns = iter(["What is this?", "And <image>?", "Well?"])
+
+    def asked(_: str) -> str:
+        for turn in turns:
+            return turn
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("builtins.input", asked)
+    Image.fromarray(np.full((30, 40, 3), 90, np.uint8)).save(tmp_path / "a.jpg")
+    options = ["--image", str(tmp_path / "a.jpg"), "--max-new-tokens", "2", "--routing", str(tmp_path / "r")]
+    assert generate.main([str(checkpoint), *options]) == 130
+    said = capsys.readouterr()
+    assert said.out.count("\n") == 2
+    assert said.err == "leave <image> out of the question: the pictures named by --image stand before it\n\n"
+    assert (tmp_path / "r").read_bytes().startswith(b"\x89PNG")  # whatever its name
+    assert generate.main([str(checkpoint), *options, "What <image>?"]) == 2
+    with pytest.raises(SystemExit):
+        generate.main([str(checkpoint), "--max-new-tokens", "0", "What?"])
+    assert "--max-new-tokens 0: an answer has at least 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ("{", "spec.json is no JSON"),
+        ("[]", "spec.json is not what a run writes"),
+        ('{"model": "stablelm"}', "spec.json is not what a run writes"),
+        ('{"stage": "fourth"}', "says stage 'fourth', which is none of align, instruct, moe"),
+    ],
+)
+def test_a_run_that_says_nonsense_of_itself(
+    spec: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "spec.json").write_text(spec)
+    assert generate.main([str(tmp_path / "checkpoints"), "Why?"]) == 2
+    assert words in capsys.readouterr().err
+
+
 def test_the_same_answer_twice(checkpoint: Path) -> None:
     from moe.interchange import open_checkpoint
 
@@ -273,7 +315,9 @@ def test_the_same_answer_twice(checkpoint: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["/no/such/folder", "Why?"], "error: there is no folder /no/such/folder"),
+        (["/no/such/folder", "Why?"], "error: /no/such/folder is not there: name a run folder"),
+        (["{checkpoint}/COMPLETE", "Why?"], "COMPLETE is a file, not a checkpoint's folder"),
+        (["{checkpoint}", "--image", "{tmp}", "What <image>?"], "this is a folder, not a picture"),
         (["{tmp}", "Why?"], "lies in no run folder: none of the folders above it has a spec.json"),
         (["{checkpoint}", "--image", "/no/such.jpg", "Why?"], "/no/such.jpg"),
         (["{checkpoint}", "--template", "nonsense", "Why?"], "no template is called 'nonsense'"),
