@@ -94,12 +94,19 @@ def test_two_passes_before_one_backward_keep_their_own_padding() -> None:
 
 
 def test_the_loss_adds_the_coefficients() -> None:
-    vlm = sparse(aux_loss=0.5, z_loss=0.25).train()
+    vlm, logits = sparse(aux_loss=0.5, z_loss=0.25).train(), []
+    for layer in (0, 2):
+        router = vlm.layers()[layer].mlp.router
+        router.register_forward_hook(lambda module, given, _: logits.append(given[0] @ module.weight.t()))
     output = vlm(**batch([9, 6], [1, 0]))
     ce = output.ce_sum / output.tokens
-    rest = output.loss - ce - 0.5 * sum(output.aux_losses)
-    assert output.loss.item() == pytest.approx((ce + output.router_loss).item(), rel=1e-6)
-    assert rest.item() > 0  # z
+    z = sum(
+        each.exp().sum(-1).log().square().mean() for each in logits
+    )  # of the real tokens, over both layers
+    assert len(logits) == 2
+    want = ce + 0.5 * sum(output.aux_losses) + 0.25 * z
+    assert output.loss.item() == pytest.approx(want.item(), rel=1e-6)
+    assert output.router_loss.item() == pytest.approx((want - ce).item(), rel=1e-5)
 
 
 def test_residual_experts_mix_two_halves() -> None:
