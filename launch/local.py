@@ -20,10 +20,10 @@ import submitit
 from submitit.local.local import start_controller
 
 from launch.operating.status import alive, batch_of, children, started, state_of
-from launch.plan import Plan, Run, runs_folder
+from launch.plan import Plan, Run, StagePlan, runs_folder
 from launch.progress import Progress
-from launch.record import read_json, write_json
-from launch.recovery.findings import comes_back, first_line, held, of_attempt
+from launch.record import RunFolder, read_json, write_json
+from launch.recovery.findings import Finding, comes_back, first_line, held, of_attempt
 from launch.recovery.pulse import beats
 from launch.recovery.watch import DUMP, Limits, Watch, note
 from launch.submission import Batch, host, locked, prepare, token_of
@@ -61,30 +61,49 @@ class LocalExecutor(submitit.LocalExecutor):  # type: ignore[misc]
             signal.signal(signal.SIGINT, before)
 
 
-@contextmanager
-def warns_on_interrupt() -> Iterator[list[int]]:
-    """Count Ctrl-C, and forward the first ones as warnings to the controllers whose pids are in the list."""
-    controllers: list[int] = []
-    pressed = 0
+class Interrupts:
+    """Ctrl-C, counted: the first has the ranks save and leave, the second gives up what is not saved."""
 
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        nonlocal pressed
-        pressed += 1
-        if pressed == 1:
+    def __init__(self) -> None:
+        self.pressed = 0
+        self.controller = 0  # of the ranks that train now
+        self.starting = False  # they are being started, and must not be left alone
+        self.warned = False
+
+    @contextmanager
+    def heard(self) -> Iterator[Interrupts]:
+        """Count them for as long as this lasts; KeyboardInterrupt where there is nothing to wait for."""
+        before = signal.signal(signal.SIGINT, self._press)
+        try:
+            yield self
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    def _press(self, number: int, frame: FrameType | None) -> None:
+        self.pressed += 1
+        if self.pressed == 1:
             print(
                 "\nstopping: the ranks save and leave (Ctrl-C again to give up what is not saved)", flush=True
             )
-        for pid in controllers:
-            for rank in children(pid):
-                _kill(rank, signal.SIGTERM if pressed == 1 else signal.SIGKILL)
-        if not controllers or pressed > 1:
+        if self.pressed > 1:
+            for rank in children(self.controller) if self.controller else ():
+                _kill(rank, signal.SIGKILL)
+        if self.pressed > 1 or not (self.controller or self.starting):
             raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGINT, interrupt)
-    try:
-        yield controllers
-    finally:
-        signal.signal(signal.SIGINT, before)
+    def forward(self, folder: RunFolder) -> None:
+        """Warn ranks that train, once; those that still load have nothing to save, and are ended as they appear."""
+        if not self.pressed or self.warned:
+            return
+        self.warned = started_training(folder, self.controller)
+        for rank in children(self.controller):
+            _kill(rank, signal.SIGTERM if self.warned else signal.SIGKILL)
+
+
+def started_training(folder: RunFolder, controller: int) -> bool:
+    """Whether the controller's ranks have come as far as their first step."""
+    attempt = f"local-{controller}"
+    return any(one["event"] == "start" and one.get("attempt") == attempt for one in folder.journal)
 
 
 def _kill(pid: int, number: int) -> None:
@@ -94,13 +113,13 @@ def _kill(pid: int, number: int) -> None:
 
 def run(plan: Plan, code: Path) -> None:
     """Run what is missing, upstream first; raises LocalError, and KeyboardInterrupt after the ranks have saved."""
-    with warns_on_interrupt() as controllers:
+    with Interrupts().heard() as interrupts:
         for stage in plan.stages:
             for one in stage.runs:
-                _finish(one, stage, code, controllers)
+                _finish(one, stage, code, interrupts)
 
 
-def _finish(one: Run, stage, code: Path, controllers: list[int]) -> None:  # type: ignore[no-untyped-def]
+def _finish(one: Run, stage: StagePlan, code: Path, interrupts: Interrupts) -> None:
     """Bring one run to its end: follow it where it runs, start it where it does not, as often as its verdict says."""
     folder = one.folder
     while state_of(folder, None).name != "done":
@@ -120,6 +139,7 @@ def _finish(one: Run, stage, code: Path, controllers: list[int]) -> None:  # typ
                     timeout_min=int(one.spec.cluster.walltime) / 60,
                     signal_delay_s=int(one.spec.cluster.grace),
                 )
+                interrupts.starting = True
                 pid = executor.start(batch.folder, one.index, code)
                 write_json(
                     batch.folder / "batch.json",
@@ -131,17 +151,20 @@ def _finish(one: Run, stage, code: Path, controllers: list[int]) -> None:  # typ
                         "host": host(),
                     },
                 )
-        controllers.append(pid)
-        follow(one, pid)
-        controllers.remove(pid)
+        interrupts.controller, interrupts.starting = pid, False
+        follow(one, pid, interrupts)
+        interrupts.controller = 0
         attempt = f"local-{pid}"
         found = of_attempt(folder, attempt, 0)
+        if interrupts.pressed and not interrupts.warned and found.verdict != "finished":
+            found = Finding("preempted", "SIGTERM")  # ended as it loaded
         interrupted = found.verdict == "preempted" and found.reason == "SIGTERM"
         done = found.verdict == "finished"
-        again = not done and not interrupted and comes_back(folder, found.verdict)
-        stop = "" if done or again or interrupted else held(folder, found.verdict)
+        back = not done and not interrupted and comes_back(folder, found.verdict)
+        again = back and not interrupts.pressed
+        stop = "" if done or back or interrupted else held(folder, found.verdict)
         speak(folder, attempt, found, again=again, held=stop)
-        if interrupted:
+        if interrupted or (interrupts.pressed and (done or back)):
             raise KeyboardInterrupt
         if not done and not again:
             log = f"{folder.logs(attempt)}/rank_{found.rank}.log"
@@ -150,7 +173,7 @@ def _finish(one: Run, stage, code: Path, controllers: list[int]) -> None:  # typ
             print(f"{one.name}: {found.verdict} ({first_line(found.reason)}); starting again", flush=True)
 
 
-def follow(one: Run, pid: int) -> None:
+def follow(one: Run, pid: int, interrupts: Interrupts) -> None:
     """Show the run's progress until its controller has ended."""
     batch = batch_of(one.folder)
     token = int(batch[0].get("started", 0)) if batch else 0
@@ -159,6 +182,7 @@ def follow(one: Run, pid: int) -> None:
     looked = time.monotonic()
     with Progress(one) as progress:
         while alive(pid, token):
+            interrupts.forward(one.folder)
             try:
                 if os.waitpid(pid, os.WNOHANG)[0]:
                     break

@@ -7,6 +7,9 @@ if __name__ == "__main__":
     # As in launch/submit.py: this checkout's packages, whatever else is installed.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-    from launch.operating.verbs import main
+    try:
+        from launch.operating.verbs import main
 
-    sys.exit(main())
+        sys.exit(main())
+    except KeyboardInterrupt:  # before there was anything to stop
+        sys.exit(130)

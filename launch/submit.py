@@ -8,6 +8,9 @@ if __name__ == "__main__":
     # `data` are then this checkout's, whatever else is installed, and no module of launch/ is imported twice.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-    from launch.cli import main
+    try:
+        from launch.cli import main
 
-    sys.exit(main())
+        sys.exit(main())
+    except KeyboardInterrupt:  # before there was anything to stop
+        sys.exit(130)

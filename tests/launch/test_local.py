@@ -105,6 +105,27 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(
             stream.close()
 
 
+def test_ctrl_c_while_the_ranks_load_ends_them_at_once(
+    start: Callable[..., subprocess.Popen[str]], folder: RunFolder
+) -> None:
+    first = start()
+    until(lambda: "pid" in (batch_of(folder) or ({}, 0))[0])
+    batch = batch_of(folder)
+    assert batch is not None
+    os.killpg(first.pid, signal.SIGINT)
+    _, complained = first.communicate(timeout=60)
+    assert first.returncode == 130, complained
+    assert "the same command goes on" in complained
+    assert "Traceback" not in complained
+    assert not alive(batch[0]["pid"], batch[0]["started"])
+    assert [record["event"] for record in folder.journal if record["event"] in ("start", "verdict")] == [
+        "verdict"
+    ]
+    last = folder.last("verdict")
+    assert last is not None
+    assert (last["verdict"], last["again"]) == ("preempted", False)
+
+
 @pytest.mark.slow
 def test_a_killed_submitter_leaves_a_run_that_the_next_one_follows(
     start: Callable[..., subprocess.Popen[str]], folder: RunFolder
