@@ -10,7 +10,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 demo: $(VENV)/demo
 	$(BIN)/python data/demo.py demo_data
-	DATA_ROOT=$(CURDIR)/demo_data $(BIN)/python launch/submit.py experiments/demo/stage3_moe.yaml
+	DATA_ROOT="$(CURDIR)/demo_data" $(BIN)/python launch/submit.py experiments/demo/stage3_moe.yaml
 
 test: $(VENV)/dev debian
 	$(BIN)/python -m pytest $(ARGS)

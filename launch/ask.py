@@ -11,6 +11,8 @@ import torch
 
 from data.conversation import IMAGE, prompt
 from data.images import ImageFormat, load
+from launch.arguments import Parser, whole
+from launch.exits import INTERRUPTED, USAGE
 from moe.generate import answer
 from moe.interchange import open_checkpoint, run_spec
 from moe.parallel import Groups
@@ -21,29 +23,34 @@ from moe.vlm import VLM
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Answer one question, or hold a conversation; 2 when it cannot be done, saying why, 130 after Ctrl-C."""
-    parser = argparse.ArgumentParser(
-        prog="moe/generate.py", description="Ask a trained model about images.", allow_abbrev=False
+    parser = Parser(
+        prog="python moe/generate.py",
+        description="Ask a trained model about images.",
+        epilog='example: python moe/generate.py runs/stage3_moe/run --image a.jpg "What is this?"',
+        allow_abbrev=False,
     )
     parser.add_argument("checkpoint", type=Path, help="a run folder, or one checkpoint in it")
     parser.add_argument("question", nargs="?", help="left out: a conversation, ended by an empty line")
     parser.add_argument("--image", type=Path, action="append", default=[], help="may be given several times")
-    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N")
+    parser.add_argument(
+        "--max-new-tokens", type=whole(1), default=256, metavar="N", help="tokens of an answer; default 256"
+    )
     parser.add_argument("--template", default="", help="default: the one the run trained with")
     parser.add_argument(
         "--routing", type=Path, metavar="PNG", help="picture which experts the prompt went to"
     )
     given = parser.parse_intermixed_args(arguments)  # options may stand before the question
-    if given.max_new_tokens < 1:
-        parser.error(f"--max-new-tokens {given.max_new_tokens}: an answer has at least 1")
     try:
+        if missing := [str(image) for image in given.image if not image.is_file()]:
+            raise ValueError(f"{', '.join(missing)}: there is no such file")  # before a large model is loaded
         given.checkpoint = newest(given.checkpoint)
         return _converse(given)
     except (ValueError, RuntimeError, OSError) as wrong:
         print(f"error: {wrong}", file=sys.stderr)
-        return 2
+        return USAGE
     except KeyboardInterrupt:
         print(file=sys.stderr)  # the shell's next prompt begins a line
-        return 130
+        return INTERRUPTED
 
 
 def newest(path: Path) -> Path:
