@@ -279,7 +279,7 @@ def test_a_conversation_outlives_a_slip_and_ends_at_ctrl_c(
     assert generate.main([str(checkpoint), *options, "What <image>?"]) == 2
     with pytest.raises(SystemExit):
         generate.main([str(checkpoint), "--max-new-tokens", "0", "What?"])
-    assert "--max-new-tokens 0: an answer has at least 1" in capsys.readouterr().err
+    assert "--max-new-tokens: expected a whole number from 1 on, got '0'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
