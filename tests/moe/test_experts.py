@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from moe import one_by_one
 from moe.experts import Experts, _grouped, dense_weights
 from tests.moe.tiny import model
 
@@ -70,6 +71,17 @@ def test_no_rows_at_all_leave_gradients_of_zero(experts: tuple[torch.nn.Module, 
         stacked(x, loads).sum().backward()
         assert x.grad is not None
         assert all(p.grad is not None and not p.grad.any() for p in stacked.parameters())
+
+
+def test_room_kept_from_an_answer_can_be_trained_in(experts: tuple[torch.nn.Module, Experts]) -> None:
+    _, stacked = experts
+    one_by_one._rooms.__dict__.clear()
+    with torch.inference_mode():
+        stacked(torch.randn(12, 32), LOADS)
+    x = torch.randn(12, 32, requires_grad=True)
+    want = torch.autograd.grad(stacked(x, torch.tensor(LOADS)).square().sum(), x)
+    got = torch.autograd.grad(stacked(x, LOADS).square().sum(), x)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
 def test_parameters_say_which_experts_they_hold(experts: tuple[torch.nn.Module, Experts]) -> None:
