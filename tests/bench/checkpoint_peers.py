@@ -1,8 +1,8 @@
 """Who saves and restores one state in the checkpoints' benchmark, each its own way, and what the machine allows.
 
 A contender's `save` gives the seconds until the state may change again (`stall`), until every byte is on disk
-(`durable`), and what a loop of small tensor operations lost meanwhile; its `load` those into the tensors that are
-there (`restore`).
+(`durable`), and what a loop of small tensor operations lost meanwhile; its `load` those until the state is back in the
+tensors that are there, and the weights that the model computes with are taken over from it (`restore`).
 """
 
 from __future__ import annotations
@@ -125,8 +125,8 @@ class Ours:
 
 
 class TorchSave:
-    def __init__(self, state: dict[str, Tensor]) -> None:
-        self.state = state
+    def __init__(self, state: dict[str, Tensor], engine: Engine) -> None:
+        self.state, self.engine = state, engine
 
     def save(self, folder: Path, loop: Loop) -> Times:
         folder.mkdir()
@@ -140,12 +140,13 @@ class TorchSave:
         began = time.perf_counter()
         for name, tensor in torch.load(folder / "state.pt").items():
             self.state[name].copy_(tensor)
+        self.engine.refresh()
         return {"restore": time.perf_counter() - began}
 
 
 class Dcp:
-    def __init__(self, state: dict[str, Any], kind: AsyncCheckpointerType | None) -> None:
-        self.state, self.kind = state, kind
+    def __init__(self, state: dict[str, Any], engine: Engine, kind: AsyncCheckpointerType | None) -> None:
+        self.state, self.engine, self.kind = state, engine, kind
 
     def save(self, folder: Path, loop: Loop) -> Times:
         began = time.perf_counter()
@@ -161,6 +162,7 @@ class Dcp:
     def load(self, folder: Path) -> Times:
         began = time.perf_counter()
         dcp.load(self.state, checkpoint_id=folder)
+        self.engine.refresh()
         return {"restore": time.perf_counter() - began}
 
 
@@ -227,10 +229,10 @@ def contenders(mib: int, small: bool, only: list[str]) -> dict[str, Any]:
     makers: dict[str, Callable[[], Any]] = {
         OURS: lambda: Ours(engine, background=False),
         ASYNC: lambda: Ours(engine, background=True),
-        TORCH: lambda: TorchSave(state),
-        DCP: lambda: Dcp(state, None),
-        THREAD: lambda: Dcp(state, AsyncCheckpointerType.THREAD),
-        PROCESS: lambda: Dcp(state, AsyncCheckpointerType.PROCESS),
+        TORCH: lambda: TorchSave(state, engine),
+        DCP: lambda: Dcp(state, engine, None),
+        THREAD: lambda: Dcp(state, engine, AsyncCheckpointerType.THREAD),
+        PROCESS: lambda: Dcp(state, engine, AsyncCheckpointerType.PROCESS),
         LIMIT: lambda: Limits(size),
     }
     return {name: makers[name]() for name in only}
