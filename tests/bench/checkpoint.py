@@ -259,7 +259,7 @@ def main() -> None:
         (mib, kind)
         for kind in ("large", "small")
         if kind in options.kinds
-        for mib in sorted(options.mib)[::-1]
+        for mib in sorted(options.mib, reverse=kind == "large")
     ]
     cases += [(min(256, max(options.mib)), OTHER)] if OTHER in options.kinds else []
     cases.sort(key=lambda case: case[1] != OTHER)  # first: ranks are forked while this process is small
