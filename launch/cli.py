@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import errno
 import os
 import re
 import shlex
@@ -303,6 +304,9 @@ def _complain(message: str, hint: str = "") -> int:
 
 
 def _disk(error: OSError) -> int:
-    print(f"error: {error.filename or 'a file'} cannot be written: {error.strerror}", file=sys.stderr)
-    print("  make room or change `runs`, and repeat the command; nothing is left half done", file=sys.stderr)
+    where = error.filename2 or error.filename or "a file"  # of a copy, what is written
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    do = "make room" if full else "say runs=FOLDER with one that you may write to"
+    print(f"error: {where} cannot be written: {error.strerror}", file=sys.stderr)
+    print(f"  {do}, and repeat the command; nothing is left half done", file=sys.stderr)
     return FAILED

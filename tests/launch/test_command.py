@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from launch.snapshot import REPOSITORY
 from . import chain
 
 STAGE3 = str(REPOSITORY / "experiments" / "stage3_moe.yaml")
+DEMO = str(REPOSITORY / "experiments" / "demo" / "stage1_align.yaml")
 
 
 def told(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
@@ -154,3 +156,24 @@ def test_the_folder_of_runs_may_stand_before_or_after_the_verb(
     for arguments in (["--runs", str(tmp_path), "list", "x"], ["list", "x", "--runs", str(tmp_path)]):
         assert verbs.main(arguments) == 2
         assert f"x: no such run in {tmp_path}" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_told_by_what_was_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a copy, Python names what was read first."""
+    error = OSError(errno.ENOSPC, "No space left on device", "launch/cli.py", None, "/full/cli.py")
+    assert cli._disk(error) == 1
+    assert (
+        "error: /full/cli.py cannot be written: No space left on device\n  make room"
+        in capsys.readouterr().err
+    )
+    (tmp_path / "a.json").write_text("[]")
+    (tmp_path / "runs").write_text("")
+    code, said = told(
+        capsys,
+        DEMO,
+        f"runs={tmp_path / 'runs'}",
+        f"data.root={tmp_path}",
+        "data.mix=a.json",
+        "data.held_out=",
+    )
+    assert (code, "say runs=FOLDER with one that you may write to" in said) == (1, True)
