@@ -117,7 +117,12 @@ def plan(options: argparse.Namespace) -> int:
             missing.append((f"train_json/{dataset.annotation}", dataset.megabytes / 1e3, str(root)))
             print(f"{dataset.name:18} {dataset.annotation} is missing")
         archive = dataset.archive
-        if archive and not (root / dataset.images).is_dir():
+        if archive and (root / dataset.images).is_dir():
+            parts = ", ".join(f"{archive.into}/{name}".lstrip("/") for name in files_of(dataset))
+            print(
+                f"{'':18} {root / dataset.images} is there; where it is not whole: {parts} of {HUB}, and unpack"
+            )
+        elif archive:
             into = f"{root}, then `prepare.py unpack`, which fills {root / dataset.images}"
             folder = f"{archive.into}/" if archive.into else ""
             missing += [(f"{folder}{name}", size, into) for name, size in files_of(dataset).items()]
@@ -157,6 +162,7 @@ def unpack(options: argparse.Namespace) -> int:
     downloads = options.downloads or root
     for dataset in _datasets(options):
         if dataset.archive is None:
+            print(f"{dataset.name}: no archive of pictures, nothing to unpack")
             continue
         bar = Bar(dataset.name)
         made, there = into_tree(dataset, downloads, root, bar.show)
@@ -250,7 +256,11 @@ def convert(options: argparse.Namespace) -> int:
         for name in broken[:5]:
             print(f"  {name}: not base64")
         return 1 if broken else 0
-    kept, texts = write(CONVERTERS[options.kind](options.source, options.prefix), options.out, options.texts)
+    try:
+        records = CONVERTERS[options.kind](options.source, options.prefix)
+        kept, texts = write(records, options.out, options.texts)
+    except (AttributeError, TypeError) as error:  # a value of another type than the publisher's
+        raise ValueError(f"{options.source}: not as {options.kind}'s publisher writes it ({error})") from None
     print(f"{kept:,} records in {options.out}" + (f", {texts:,} in {options.texts}" if options.texts else ""))
     return 0
 

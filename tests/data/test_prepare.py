@@ -41,6 +41,14 @@ def test_plan_says_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "all files are there; next: python data/prepare.py check" in capsys.readouterr().out
 
 
+def test_plan_names_the_archive_of_a_tree_that_may_not_be_whole(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "lrv_tune").mkdir()
+    main(["plan", "--root", str(tmp_path), "lrv-331k"])
+    assert "lrv_tune is there; where it is not whole: lrv_tune.zip of" in capsys.readouterr().out
+
+
 def test_unpack_fills_the_tree(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with zipfile.ZipFile(tmp_path / "lrv_tune.zip", "w") as archive:
         archive.writestr("lrv_tune/lrv-vg/1.jpg", b"one")
@@ -145,6 +153,9 @@ def test_convert_writes_the_schema(tmp_path: Path, capsys: pytest.CaptureFixture
     assert wrong in capsys.readouterr().err
     assert main(["convert", "llava", "/no/such.json", "--out", str(tmp_path / "x.json")]) == 2
     assert capsys.readouterr().err == "prepare: /no/such.json: there is no such file or folder\n"
+    source.write_text(json.dumps({"data": 3}))
+    assert main(["convert", "mimic-it", str(source), "--out", str(tmp_path / "x.json")]) == 2
+    assert "mix.json: not as mimic-it's publisher writes it" in capsys.readouterr().err
     source.write_text(json.dumps({"IMG": "AAAA", "BAD": "?"}))
     assert main(["convert", "mimic-it-pictures", str(source), "--out", str(tmp_path / "LA")]) == 1
     assert "BAD: not base64" in capsys.readouterr().out
