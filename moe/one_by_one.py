@@ -127,7 +127,14 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, e: int, out: Tensor)
     return torch.addmm(bias[e], x, weight[e].t(), out=out)
 
 
-_rooms = threading.local()
+class Rooms(threading.local):
+    """A thread's own."""
+
+    def __init__(self) -> None:
+        self.kept: dict[torch.dtype, Tensor] = {}
+
+
+_rooms = Rooms()
 
 
 def _room(like: Tensor, parts: int, inner: int) -> Tensor:
@@ -136,8 +143,7 @@ def _room(like: Tensor, parts: int, inner: int) -> Tensor:
     Memory that comes and goes costs the kernel more than what is done in it: of 1k tokens' pass it was 3,300 pages,
     and up to a tenth of the time.
     """
-    kept: dict[torch.dtype, Tensor] = _rooms.__dict__
-    size = parts * _rows(inner) * inner
+    kept, size = _rooms.kept, parts * _rows(inner) * inner
     if like.dtype not in kept or kept[like.dtype].numel() < size:
         with torch.inference_mode(False):  # or training could not write to it later
             kept[like.dtype] = like.new_empty(size)

@@ -75,7 +75,7 @@ def test_no_rows_at_all_leave_gradients_of_zero(experts: tuple[torch.nn.Module, 
 
 def test_room_kept_from_an_answer_can_be_trained_in(experts: tuple[torch.nn.Module, Experts]) -> None:
     _, stacked = experts
-    one_by_one._rooms.__dict__.clear()
+    one_by_one._rooms.kept.clear()
     with torch.inference_mode():
         stacked(torch.randn(12, 32), LOADS)
     x = torch.randn(12, 32, requires_grad=True)
