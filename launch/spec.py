@@ -156,6 +156,10 @@ class ExperimentSpec:
             )
         if self.name and not re.fullmatch(r"\w[\w.+-]*(/\w[\w.+-]*)*", self.name):
             yield "name", f"{self.name!r} cannot name a folder of runs", "use letters, digits and _ . + -"
+        if not 0 <= self.seed < 2**32:
+            yield "seed", f"{self.seed}: NumPy takes seeds from 0 to 4294967295", ""
+        if not self.runs:
+            yield "runs", "names no folder", "leave it out for runs/ of this repository"
         per_node = self.cluster.gpus_per_node
         if self.gpus < 1:
             yield "gpus", f"{self.gpus}: a run needs at least one rank", ""
