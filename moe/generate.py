@@ -16,14 +16,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.distributed as dist
-from torch import Tensor
-
 if __name__ == "__main__":
     # Run as a file, Python puts moe/ at the head of the path; the repository belongs there.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is imported ends in silence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
 
 from moe.parallel import Groups
 from moe.router import Traffic
