@@ -8,11 +8,13 @@ offset, and runs of equal index in two stages are equal elements, whatever the s
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from launch import cluster
 from launch.plan import Run
+from launch.record import read_json
 
 TOO_LARGE = re.compile(r"invalid job array specification", re.IGNORECASE)
 TOO_MANY = re.compile(r"MaxSubmitJob|job submit limit", re.IGNORECASE)
@@ -62,6 +64,22 @@ def smaller(group: Group, refusal: str, size: int) -> tuple[list[Group], int]:
         parts = (group.runs[:half], group.runs[half:])
         return [Group(part, group.dependency, group.offset) for part in parts], size
     return [], size
+
+
+def named(elements: Iterable[tuple[str, str, str]]) -> list[str]:
+    """What scancel is told, of (array, its batch's folder, element) each: arrays as a whole where all are meant.
+
+    An array whose last elements are cancelled one by one before they start is forgotten by SLURM 22.05, and what
+    depends on one of them is then taken to depend on nothing: it starts.
+    """
+    members: dict[tuple[str, str], list[str]] = {}
+    for array, batch, element in elements:
+        members.setdefault((array, batch), []).append(element)
+    found = []
+    for (array, batch), some in members.items():
+        runs = (read_json(Path(batch) / "plan.json") or {}).get("runs", {})
+        found += [array] if len(runs) == len(some) else some
+    return found
 
 
 def _line(key: str) -> str:

@@ -9,7 +9,7 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from launch import snapshot, submission
@@ -124,8 +124,7 @@ def submit(plan: Plan, limit: float = 0.0) -> int:
     """Send what is missing to SLURM, unless that may use more GPU-hours than the limit; 0 is none."""
     root = runs_folder(plan.stages[-1].spec)
     try:
-        queue = jobs()
-        states = submission.states_of(plan, queue)
+        states = submission.look(plan, jobs).states
         if blocked := _blocked(plan, states):
             return _complain(*blocked)
         print(table(plan, states))
@@ -156,7 +155,7 @@ def run_here(plan: Plan) -> int:
     """Run what is missing on this machine, then show what came of it."""
     from launch import local
 
-    states = submission.states_of(plan, None)
+    states = submission.look(plan, None).states
     if blocked := _blocked(plan, states):
         return _complain(*blocked)
     print(table(plan, states))
@@ -180,12 +179,12 @@ def run_here(plan: Plan) -> int:
 
 def dry_run(plan: Plan, limit: float = 0.0) -> int:
     """Print the plan and every script that would be sent."""
-    states = submission.states_of(plan, None)
-    print(table(plan, states))
-    if blocked := _blocked(plan, states):
+    seen = submission.look(plan, None)
+    print(table(plan, seen.states))
+    if blocked := _blocked(plan, seen.states):
         print(f"note: {blocked[0]}; submitting this plan would be refused")
     code = runs_folder(plan.stages[-1].spec) / "code" / snapshot.digest()
-    for batch in submission.preview(plan, states, code):
+    for batch in submission.preview(plan, seen, code):
         if batch.stage.spec.cluster.executor == "local":
             print(
                 f"\n# {batch.stage.experiment.name}: {batch.stage.spec.gpus} rank(s) on this machine, no script"
@@ -194,7 +193,7 @@ def dry_run(plan: Plan, limit: float = 0.0) -> int:
         print(f"\n# {batch.stage.experiment.name}: {' '.join(batch.command())}")
         print(batch.script(code), end="")
     print("\ndry run: nothing was submitted")
-    return REFUSED if _over(plan, states, limit) else OK
+    return REFUSED if _over(plan, seen.states, limit) else OK
 
 
 def explain(plan: Plan) -> None:
@@ -205,7 +204,7 @@ def explain(plan: Plan) -> None:
         print(f"{f'{path}: {value}':60}  {origin}")
 
 
-def table(plan: Plan, states: dict[str, State]) -> str:
+def table(plan: Plan, states: Mapping[str, State]) -> str:
     """The plan: a line a stage, a line a run where there are several."""
     lines = [
         f"{'stage':10}{'experiment':28}{'runs':>5}  {'shape':14}{'cluster':12}{'starts from':28}{'GPU-h max':>9}  state"
@@ -227,7 +226,7 @@ def table(plan: Plan, states: dict[str, State]) -> str:
     return "\n".join(lines)
 
 
-def gpu_hours(stage: StagePlan, states: dict[str, State]) -> float:
+def gpu_hours(stage: StagePlan, states: Mapping[str, State]) -> float:
     """The most that the stage's runs can use before one of them has to requeue itself."""
     spec = stage.spec
     left = [run for run in stage.runs if states[run.name].name != "done"]
@@ -239,12 +238,12 @@ def hours_text(hours: float) -> str:
     return "-" if not hours else f"{hours:,.0f}" if hours >= 10 else f"{hours:.1f}"
 
 
-def _summary(stage: StagePlan, states: dict[str, State]) -> str:
+def _summary(stage: StagePlan, states: Mapping[str, State]) -> str:
     names = [states[run.name].name for run in stage.runs]
     return ", ".join(f"{names.count(name)} {name}" for name in dict.fromkeys(names))
 
 
-def _blocked(plan: Plan, states: dict[str, State]) -> tuple[str, str] | None:
+def _blocked(plan: Plan, states: Mapping[str, State]) -> tuple[str, str] | None:
     """Why the plan cannot start: a stage left out of it has neither finished nor will."""
     first = plan.stages[0]
     for run in first.runs:
@@ -262,7 +261,7 @@ def _blocked(plan: Plan, states: dict[str, State]) -> tuple[str, str] | None:
     return None
 
 
-def _over(plan: Plan, states: dict[str, State], limit: float) -> bool:
+def _over(plan: Plan, states: Mapping[str, State], limit: float) -> bool:
     """Whether the plan may use more GPU-hours than the limit, 0 for none; says so."""
     hours = sum(gpu_hours(stage, states) for stage in plan.stages)
     if not limit or hours <= limit:

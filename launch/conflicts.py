@@ -5,26 +5,36 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
 
 from data.catalog import CatalogError, annotation_path, resolve
-from launch.cluster import environment
+from launch.batches import Batches, Entry
+from launch.cluster import Job, SlurmError, environment, jobs
 from launch.faults import Fault
 from launch.handoff import HandoffError, check, read
 from launch.identity import identity_of
+from launch.operating.status import OPEN, judge
+from launch.operating.survey import Facts, there
 from launch.plan import Plan, Run, StagePlan
 from launch.record import read_json
 
 
-def clashes(plan: Plan) -> Iterator[Fault]:
-    """Runs whose folder holds another run: same name, other identity."""
+def clashes(plan: Plan, jobs: Callable[[], Mapping[str, Job]] = jobs) -> Iterator[Fault]:
+    """Runs whose folder holds another run, or will when its job starts: same name, other identity."""
+    known, ask = Batches(), cache(jobs)
+    present = there(str(run.folder.path) for stage in plan.stages for run in stage.runs)
     for stage in plan.stages:
         for run in stage.runs:
-            found = run.folder.run
-            if not found or found.get("identity") == run.identity:
+            path, entry = str(run.folder.path), None
+            found = read_json(run.folder.run_file) if path in present else None
+            if not found and (entry := known.entry(path)):
+                found = entry.run
+            if not found or found.get("identity") == run.identity or (entry and _over(entry, known, ask)):
                 continue
-            before = identity_of(read_json(run.folder.spec_file) or {"stage": run.spec.stage})
+            spec = entry.spec if entry else read_json(run.folder.spec_file)
+            before = identity_of(spec or {"stage": run.spec.stage})
             now = identity_of(run.settings)
             changes = [
                 f"{key} was {json.dumps(before.get(key))}, is {json.dumps(now.get(key))}"
@@ -36,11 +46,21 @@ def clashes(plan: Plan) -> Iterator[Fault]:
             if changes:
                 key = min(key for key in now if before.get(key) != now.get(key)) if now else ""
                 place = stage.experiment.layers.origin(key) if key else None
+            other = f"cancel that one (runs.py cancel {run.name})" if entry else "remove the folder"
             yield Fault(
                 place,
-                f"{run.folder.path} holds another run: {why}",
-                f"give this one a name of its own (name={run.experiment}_2), or remove the folder",
+                f"{path} {'will hold' if entry else 'holds'} another run: {why}",
+                f"give this one a name of its own (name={run.experiment}_2), or {other}",
             )
+
+
+def _over(entry: Entry, known: Batches, ask: Callable[[], Mapping[str, Job]]) -> bool:
+    """Whether a run without a folder will never start: a new one may take its place."""
+    try:
+        state = judge(Facts.waiting(entry), ask(), known)
+    except SlurmError:
+        return False
+    return state.name not in (*OPEN, "held", "unknown")
 
 
 def unfit(plan: Plan) -> Iterator[Fault]:
@@ -49,9 +69,12 @@ def unfit(plan: Plan) -> Iterator[Fault]:
     for stage in plan.stages:
         for run in stage.runs:
             parent = run.parent
-            if not isinstance(parent, Run) or parent.name in seen or run.folder.handoff_file.exists():
+            if not isinstance(parent, Run) or parent.name in seen:
                 continue
             if not parent.folder.handoff_file.exists():
+                seen.add(parent.name)
+                continue
+            if run.folder.handoff_file.exists():
                 continue
             seen.add(parent.name)
             try:
@@ -108,9 +131,9 @@ def _data_of(stage: StagePlan) -> tuple[list[Fault], list[Fault]]:
             return [fault], []
         return [], [*notes, Fault(place, fault.message, "the nodes must have it")]
     faults = []
-    for _, point in stage.experiment.points:
-        wanted = [("data.mix", dataset.annotation) for dataset, _ in resolve(point.data.mix)]
-        for key, annotation in [*wanted, ("data.held_out", point.data.held_out)]:
+    for data in {id(point.data): point.data for _, point in stage.experiment.points}.values():
+        wanted = [("data.mix", dataset.annotation) for dataset, _ in resolve(data.mix)]
+        for key, annotation in [*wanted, ("data.held_out", data.held_out)]:
             try:
                 if annotation:
                     annotation_path(Path(root), annotation)

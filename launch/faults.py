@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import lru_cache
 
 from launch.redact import PLANTED, redact_text
 
@@ -83,6 +84,7 @@ def _around(text: str, col: int) -> tuple[str, int]:
     return f"{before}{text[start : start + WIDEST]}{after}", col - start + len(before)
 
 
+@lru_cache(maxsize=4096)
 def join(path: str, key: str) -> str:
     """A dotted path; a key that would not read as one word is quoted."""
     key = key if re.fullmatch(r"[\w./+-]+", key) else repr(key)

@@ -16,6 +16,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from launch.faults import Fault, Place, did_you_mean, join, near, shorten
 from launch.nodes import Node
 
+# What was read without a fault, by its path and its node: the points of a sweep share most of their nodes.
+Sound = dict[tuple[str, int], tuple[Node | None, Any]]
 FAILED: Any = object()  # stands for a value whose fault has been told
 WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", object: "a value"}
 PLURALS = {int: "whole numbers", float: "numbers", bool: "trues and falses", str: "texts", object: "values"}
@@ -30,6 +32,20 @@ def types_of(cls: type) -> dict[str, Any]:
     """Field name -> type, in the order of the class."""
     types = get_type_hints(cls)
     return {field.name: types[field.name] for field in fields(cls)}
+
+
+@cache
+def settings_of(cls: type) -> tuple[tuple[str, Any, bool, bool], ...]:
+    """(name, type, has a default, is a section) of every field."""
+    return tuple(
+        (
+            field.name,
+            types_of(cls)[field.name],
+            field.default is not MISSING or field.default_factory is not MISSING,
+            isinstance(hint := types_of(cls)[field.name], type) and is_dataclass(hint),
+        )
+        for field in fields(cls)
+    )
 
 
 @cache
@@ -83,8 +99,16 @@ def core(node: Node) -> Any:
 class Typed:
     """Reads a tree into a dataclass and collects faults; one not `complete` may lack what is required."""
 
-    def __init__(self, cls: type, faults: list[Fault], complete: bool, beside: Iterable[str] = ()) -> None:
+    def __init__(
+        self,
+        cls: type,
+        faults: list[Fault],
+        complete: bool,
+        beside: Iterable[str] = (),
+        sound: Sound | None = None,
+    ) -> None:
         self.cls, self.faults, self.complete = cls, faults, complete
+        self.sound: Sound = {} if sound is None else sound
         self.beside = list(beside)  # top-level keys that are read elsewhere, and may be misspelt too
 
     def read(self, root: Node) -> Any:
@@ -114,24 +138,29 @@ class Typed:
         types, given = types_of(cls), {}
         meant = {self.unknown(cls, path, key, child) for key, child in node.value.items() if key not in types}
         sound = not meant
-        for field in fields(cls):
-            where, hint = join(path, field.name), types[field.name]
-            has_default = field.default is not MISSING or field.default_factory is not MISSING
-            if is_dataclass(hint) and isinstance(hint, type):
-                # A section that is left out is one with nothing in it: its defaults are checked all the same.
-                child = node.value.get(field.name) or Node(node.key or above, {})
-                if (value := self.section(hint, child, where, node.key or above)) is not FAILED:
-                    given[field.name] = value
+        for name, hint, has_default, is_section in settings_of(cls):
+            where, child = join(path, name), node.value.get(name)
+            if child is not None or is_section:
+                kept = self.sound.get((where, id(child)))
+                if kept is not None and kept[0] is child:
+                    given[name] = kept[1]
+                    continue
+                told = len(self.faults)
+                if is_section:
+                    # A section that is left out is one with nothing in it: its defaults are checked all the same.
+                    written = child or Node(node.key or above, {})
+                    value = self.section(hint, written, where, node.key or above)
                 else:
-                    sound = sound and has_default
-            elif field.name in node.value:
-                if (value := self.value(hint, node.value[field.name], where)) is not FAILED:
-                    given[field.name] = value
+                    value = self.value(hint, node.value[name], where)
+                if value is not FAILED:
+                    given[name] = value
+                    if len(self.faults) == told:
+                        self.sound[where, id(child)] = (child, value)
                 else:
-                    sound = False
+                    sound = sound and is_section and has_default
             elif not has_default:
                 sound = False
-                if self.complete and field.name not in meant:
+                if self.complete and name not in meant:
                     self.tell(node.key or above, f"{where}: missing", f"it is {words(hint)}")
         if not sound:
             return FAILED

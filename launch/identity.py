@@ -12,8 +12,15 @@ import json
 from functools import cache
 from typing import Any
 
+from data.spec import DataSpec
+from launch.fields import types_of
+from launch.once import once
 from launch.spec import ExperimentSpec
+from moe.spec import ModelSpec, MoESpec, TrainSpec
 from moe.stages import STAGES
+
+SCALARS = frozenset({str, int, float, bool, type(None)})
+SECTIONS: dict[type, str] = {ModelSpec: "model", MoESpec: "moe", DataSpec: "data", TrainSpec: "train"}
 
 # Settings of where a run is computed: given on the command line, they hold for every stage of the chain.
 EVERYWHERE = ("cluster", "gpus", "runs", "wandb", "data.root")
@@ -42,8 +49,10 @@ FREE = (
 
 def plain(spec: Any) -> Any:
     """A spec as JSON values; durations as they are written."""
+    if type(spec) in SCALARS:
+        return spec
     if dataclasses.is_dataclass(spec):
-        return {field.name: plain(getattr(spec, field.name)) for field in dataclasses.fields(spec)}
+        return _plain(spec)
     if isinstance(spec, dict):
         return {key: plain(value) for key, value in spec.items()}
     if isinstance(spec, (tuple, list)):
@@ -53,26 +62,51 @@ def plain(spec: Any) -> Any:
     return spec
 
 
-def digest(spec: dict[str, Any], parent: str) -> str:
-    """64 hex digits over what decides weights: the settings of a plain spec, and the digest of the parent's.
+@once
+def _plain(spec: Any) -> dict[str, Any]:
+    kind: type = type(spec)
+    values = [getattr(spec, name) for name in types_of(kind)]
+    return {
+        name: value if type(value) in SCALARS else plain(value)
+        for name, value in zip(types_of(kind), values, strict=True)
+    }
+
+
+def digest(spec: ExperimentSpec, parent: str) -> str:
+    """64 hex digits over what decides weights: the settings of a spec, and the digest of the parent's.
 
     A setting at its default is left out, so that a later version's new setting, which by default changes
     nothing, leaves the runs of this one what they are. A released default is therefore never changed.
     """
-    found, defaults = identity_of(spec), _defaults()
+    found: dict[str, Any] = {}
+    kind: type = ExperimentSpec
+    for name in types_of(kind):
+        value = getattr(spec, name)
+        found |= _section(value) if type(value) in SECTIONS else _flat({name: plain(value)})
+    found, defaults = _deciding(found, spec.stage), _defaults()
     said = {path: value for path, value in found.items() if path not in defaults or defaults[path] != value}
     return hashlib.sha256(json.dumps([said, parent], sort_keys=True).encode()).hexdigest()
 
 
 def identity_of(spec: dict[str, Any]) -> dict[str, Any]:
     """The part of a plain spec that decides weights, as dotted keys; what it does not say is at its default."""
-    found = {**_defaults(), **_flat(spec)}
+    return _deciding(_flat(spec), spec["stage"])
+
+
+def _deciding(flat: dict[str, Any], stage: str) -> dict[str, Any]:
+    found = {**_defaults(), **flat}
     if not found["train.lora.rank"]:
         found = {path: value for path, value in found.items() if not path.startswith("train.lora.")}
-    if not STAGES[spec["stage"]].sparse:
+    if not STAGES[stage].sparse:
         # A dense stage is the same run whatever an inherited file says of experts.
         found = {path: value for path, value in found.items() if not path.startswith("moe.")}
     return found
+
+
+@once
+def _section(section: Any) -> dict[str, Any]:
+    """A section's part of what decides weights; each is of a class of its own."""
+    return _flat(plain(section), f"{SECTIONS[type(section)]}.")
 
 
 def _flat(spec: dict[str, Any], above: str = "") -> dict[str, Any]:
@@ -81,11 +115,7 @@ def _flat(spec: dict[str, Any], above: str = "") -> dict[str, Any]:
         path = above + key
         if path in FREE:
             continue
-        if (
-            isinstance(value, dict)
-            and path.count(".") < 2
-            and path.split(".")[0] in ("model", "moe", "data", "train")
-        ):
+        if isinstance(value, dict) and path.count(".") < 2 and path.split(".")[0] in SECTIONS.values():
             found |= _flat(value, path + ".") if value else {path: value}
         else:
             found[path] = value

@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from launch import caches
+from launch.batches import entry_of
 from launch.preemption import Preemption
-from launch.record import RunFolder, read_json, write_json
+from launch.record import RunFolder, of_element, read_json, write_json
 from launch.recovery.causes import kind
 from launch.recovery.pulse import Pulse
 from launch.recovery.watch import DUMP, Limits
@@ -68,14 +69,12 @@ class StageJob:
     index: int
 
     def __call__(self, place: Place, warned: Preemption) -> int:
-        plan = read_json(self.batch / "plan.json")
-        if plan is None:
-            print(
-                f"{self.batch / 'plan.json'} cannot be read on {place.node}; is the file system shared?",
-                flush=True,
-            )
+        try:
+            folder = of_element(self.batch, str(self.index))
+            folder.make(entry_of(str(self.batch), str(self.index)))
+        except (LookupError, OSError) as error:
+            print(error, flush=True)
             return EXIT_ERROR
-        folder = RunFolder(Path(plan["runs"][str(self.index)]))
         self._redirect(folder.log_of(place.attempt, place.rank))
         faulthandler.enable()  # a crash in C writes its stack
         faulthandler.register(DUMP, all_threads=True)  # so does the watch, by asking
@@ -84,9 +83,10 @@ class StageJob:
             job_started = float(os.environ.get("SLURM_JOB_START_TIME") or 0.0)
             folder.note("launched", attempt=place.attempt, node=place.node, job_started=job_started)
         try:
-            self._check_code(Path(plan["code"]))
-            os.environ.update(caches.on_node(Path(plan["code"]).name))
-            limits = Limits.of(read_json(folder.spec_file) or {})
+            code = Path((read_json(self.batch / "plan.json") or {})["code"])
+            self._check_code(code)
+            os.environ.update(caches.on_node(code.name))
+            limits = Limits.of(folder.spec)
             pulse = Pulse(folder.logs(place.attempt), place.rank, place.node, min(5.0, limits.every))
             from launch.stage import run_stage
 

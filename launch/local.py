@@ -22,7 +22,7 @@ from submitit.local.local import start_controller
 from launch.operating.status import alive, batch_of, children, started, state_of
 from launch.plan import Plan, Run, StagePlan, runs_folder
 from launch.progress import Progress
-from launch.record import RunFolder, read_json, write_json
+from launch.record import RunFolder, write_json
 from launch.recovery.findings import Finding, comes_back, first_line, held, of_attempt
 from launch.recovery.pulse import beats
 from launch.recovery.watch import DUMP, Limits, Watch, note
@@ -130,7 +130,8 @@ def _finish(one: Run, stage: StagePlan, code: Path, interrupts: Interrupts) -> N
                 pid = int(state.job)
             else:
                 batch = Batch(stage, (one,), "", token_of([one], root))
-                prepare(batch, code)
+                prepare(batch, code, [one.name] if one.folder.made else ())
+                one.folder.make()
                 executor = LocalExecutor(
                     folder=batch.folder / "slurm", python=one.spec.cluster.python or sys.executable
                 )
@@ -178,7 +179,7 @@ def follow(one: Run, pid: int, interrupts: Interrupts) -> None:
     batch = batch_of(one.folder)
     token = int(batch[0].get("started", 0)) if batch else 0
     logs = one.folder.logs(f"local-{pid}")
-    watch = Watch(Limits.of(read_json(one.folder.spec_file) or {}), one.spec.gpus)
+    watch = Watch(Limits.of(one.folder.spec), one.spec.gpus)
     looked = time.monotonic()
     with Progress(one) as progress:
         while alive(pid, token):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.identity import EVERYWHERE, digest, plain
+from launch.once import uncollected
 from launch.origin import SCHEMES, Origin, OriginError, resolve
 from launch.reader import Fault, Layers, Place, Said, SpecError
 from launch.record import RunFolder
@@ -46,7 +47,7 @@ class Run:
     folder: RunFolder
     parent: Run | Origin | None
 
-    @property
+    @cached_property
     def name(self) -> str:
         """The readable name, also the run folder's path below the runs folder."""
         return f"{self.experiment}/{self.point or 'run'}"
@@ -60,9 +61,9 @@ class Run:
     @cached_property
     def identity(self) -> str:
         """64 hex digits over everything that decides the run's weights, its parent's included."""
-        return digest(self.settings, self.parent.identity if self.parent else "")
+        return digest(self.spec, self.parent.identity if self.parent else "")
 
-    @property
+    @cached_property
     def id(self) -> str:
         """The run's name for W&B and SLURM: at most 64 characters, the same for ever."""
         readable = re.sub(r"[^A-Za-z0-9_.-]+", "-", self.name.removesuffix("/run"))
@@ -96,6 +97,10 @@ class StagePlan:
     @property
     def spec(self) -> ExperimentSpec:
         return self.experiment.spec
+
+    @cached_property
+    def by_point(self) -> dict[str, Run]:
+        return {run.point: run for run in self.runs}
 
 
 @dataclass(frozen=True)
@@ -142,6 +147,7 @@ def _name(file: Path, spec: ExperimentSpec) -> str:
         return file.stem
 
 
+@uncollected()
 def make(file: Path, overrides: Sequence[str] = (), *, first: str = "", last: str = "") -> Plan:
     """The plan for an experiment and the chain above it, cut to the stages from `first` to `last`.
 
@@ -264,20 +270,19 @@ def _check_order(experiment: Experiment, parents: StagePlan | None) -> None:
 
 def _parent(experiment: Experiment, point: str, parents: StagePlan, named: str) -> Run:
     """The run a point starts from: the one named, the only one, or the one at the same point."""
-    by_point = {run.point: run for run in parents.runs}
     if named:
-        if named in by_point:
-            return by_point[named]
+        if named in parents.by_point:
+            return parents.by_point[named]
         raise _fault(
             experiment,
             "init_from",
             f"{parents.experiment.name} has no run {named!r}",
-            f"it has {', '.join(by_point) or 'one run, without a sweep'}",
+            f"it has {', '.join(parents.by_point) or 'one run, without a sweep'}",
         )
     if len(parents.runs) == 1:
         return parents.runs[0]
-    if point in by_point:
-        return by_point[point]
+    if point in parents.by_point:
+        return parents.by_point[point]
     raise _fault(
         experiment,
         "init_from",

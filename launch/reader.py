@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from launch.faults import COMMAND_LINE, DEFAULT, Fault, Place, SpecError, near, shorten
-from launch.fields import Typed, leaves
+from launch.fields import Sound, Typed, leaves
 from launch.nodes import Node, Text, merge
 
 __all__ = ["Fault", "Layers", "Node", "Place", "SpecError"]
@@ -165,6 +165,7 @@ class Layers:
 
     def __init__(self, root: Node, files: Files, taken: tuple[str, ...] = ("inherits",)) -> None:
         self._root, self._files, self._taken = root, files, taken
+        self._sound: Sound = {}
 
     @classmethod
     def read(
@@ -217,7 +218,9 @@ class Layers:
             for part in reversed(path.split(".")):
                 node = Node(node.place, {part: node}, node.key)
             root = merge(root, files.resolve(Node(root.place, node.value)))
-        return Layers(root, files, self._taken)
+        laid_over = Layers(root, files, self._taken)
+        laid_over._sound = self._sound
+        return laid_over
 
     def expand(self, sweep: Node, name: str = "sweep") -> list[tuple[str, list[Override]]]:
         """The points of a sweep, its last axis fastest: a name, `lr=2e-5,top_k=1`, and overrides for each.
@@ -251,7 +254,7 @@ class Layers:
     def build(self, cls: type[T]) -> T:
         """An instance of a frozen dataclass; SpecError with every fault of the text and of the values."""
         faults = list(self._files.faults)
-        instance: T = Typed(cls, faults, not self._files.broken, self._taken).read(self._root)
+        instance: T = Typed(cls, faults, not self._files.broken, self._taken, self._sound).read(self._root)
         if faults:
             rank = {name: n for n, name in enumerate(self._files.names)}
             raise SpecError(
@@ -292,9 +295,11 @@ def collect_axes(node: Node, name: str, path: str, axes: dict[str, Node], faults
         faults.append(Fault(node.told, message, f"write {path}: [{some or '...'}]"))
     else:
         axes[path] = node
-        for n, item in enumerate(node.items):
-            if str(item) in map(str, node.items[:n]):
-                faults.append(Fault(item.place, f"{where}: {item} is said twice", "keep one"))
+        said: set[str] = set()
+        for item in node.items:
+            if (text := str(item)) in said:
+                faults.append(Fault(item.place, f"{where}: {text} is said twice", "keep one"))
+            said.add(text)
 
 
 def got(node: Node) -> str:

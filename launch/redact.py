@@ -9,7 +9,10 @@ import dataclasses
 import os
 import re
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from typing import Any
+
+from launch.once import once
 
 HIDDEN = "[hidden]"
 PLANTED = "holds a secret"  # what a fault says of a setting
@@ -30,6 +33,7 @@ _OPTION = re.compile(r"(--?[A-Za-z][\w.-]*)(\s+)(\"[^\"]*\"|'[^']*'|[^\s;&|-][^\
 _BEARER = re.compile(r"(?i)(bearer|basic)(\s+)[\w.~+/=-]{8,}")
 
 
+@lru_cache(maxsize=4096)
 def secret_name(name: str) -> bool:
     """Whether a setting or an environment variable of this name is likely to hold a secret."""
     words = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name)  # apiKey -> api_Key
@@ -71,8 +75,9 @@ def redact_text(text: str, known: tuple[str, ...] = ()) -> str:
 def planted(value: Any, path: str = "") -> Iterator[str]:
     """The dotted paths of settings that hold a secret written out; `$NAME`, or a file's path, is none."""
     if dataclasses.is_dataclass(value):
-        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
+        for place in _planted(value):
+            yield f"{path}.{place}" if path and place else path or place
+    elif isinstance(value, Mapping):
         for key, item in value.items():
             place = f"{path}.{key}" if path else str(key)
             if isinstance(item, str) and secret_name(str(key)) and _literal(item):
@@ -82,11 +87,23 @@ def planted(value: Any, path: str = "") -> Iterator[str]:
     elif isinstance(value, (list, tuple)):
         for item in value:
             yield from planted(item, path)
-    elif isinstance(value, str):
-        said = [match for rule in (_ASSIGNMENT, _OPTION) for match in rule.finditer(value)]
-        named = any(secret_name(match[1]) and _literal(match[3].strip("\"'")) for match in said)
-        if named or _VALUE.search(value) or _URL.search(value) or _BEARER.search(value):
-            yield path
+    elif isinstance(value, str) and _tells(value):
+        yield path
+
+
+@once
+def _planted(section: Any) -> tuple[str, ...]:
+    """Those of a section of a spec."""
+    values = {field.name: getattr(section, field.name) for field in dataclasses.fields(section)}
+    return tuple(planted(values))
+
+
+@lru_cache(maxsize=4096)
+def _tells(value: str) -> bool:
+    """Whether there is a secret in the text."""
+    said = [match for rule in (_ASSIGNMENT, _OPTION) for match in rule.finditer(value)]
+    named = any(secret_name(match[1]) and _literal(match[3].strip("\"'")) for match in said)
+    return bool(named or _VALUE.search(value) or _URL.search(value) or _BEARER.search(value))
 
 
 def _literal(text: str) -> bool:

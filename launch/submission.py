@@ -1,8 +1,9 @@
 """Submission as a transaction: intent, sbatch, record; what a killed submitter left is adopted, never doubled.
 
-A batch is one array: its folder holds the plan that the ranks read, the script, and, once SLURM has answered, the job's
-id. Everything the job needs is written before sbatch, under names that do not depend on the answer. The batch's token
-is the job's comment, by which a job whose answer was lost is found again.
+A batch is one array: its folder holds the plan that the ranks read, with all runs that are new (launch.batches), the
+script, and, once SLURM has answered, the job's id. Everything the job needs is written before sbatch, under names that
+do not depend on the answer. The batch's token is the job's comment, by which a job whose answer was lost is found
+again.
 """
 
 from __future__ import annotations
@@ -11,23 +12,30 @@ import fcntl
 import hashlib
 import os
 import re
+import shutil
 import subprocess
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
-from launch import arrays, cluster, script
-from launch.operating.status import OPEN, State, batch_of, state_of
+from launch import arrays, batches, cluster, script
+from launch.batches import Batches
+from launch.once import uncollected
+from launch.operating.status import OPEN, State, judge
+from launch.operating.survey import read_all
 from launch.plan import Plan, Run, StagePlan, runs_folder
-from launch.record import append_line, flush_all, read_json, write_json, write_text
+from launch.record import append_line, flush_all, read_json, sync_folder, write_json, write_text
 from launch.recovery import avoid, limbo
 
 # What sbatch says when it has not heard, rather than been refused.
 UNSURE = re.compile(
     r"timed out|no answer|unable to contact|zero bytes|connection (refused|reset)", re.IGNORECASE
 )
+
+NOT_HERE = "sbatch: not found; is this a SLURM login node? cluster=local runs here"
 
 
 @dataclass(frozen=True)
@@ -81,42 +89,58 @@ def token_of(runs: Sequence[Run], folder: Path) -> str:
     return f"{base}-{attempt}"
 
 
-def adopt(folder: Path, queue: Mapping[str, cluster.Job]) -> None:
+def adopt(folder: Path, jobs: Callable[[], Mapping[str, cluster.Job]]) -> None:
     """Find the jobs of batches whose submitter died before it could write down their ids."""
-    by_token = {job.comment: job.id.partition("_")[0] for job in queue.values() if job.comment}
+    lost = []
     for path in sorted((folder / "batches").glob("*/batch.json")):
         facts = read_json(path) or {}
-        if facts.get("state") == "intent" and (job := by_token.get(path.parent.name)):
+        if facts.get("state") == "intent":
+            lost.append((path, facts))
+    for path, facts in lost:
+        if job := cluster.array_of(path.parent.name, jobs()):
             write_json(path, {**facts, "state": "submitted", "job": job, "adopted": True})
 
 
-def prepare(batch: Batch, code: Path) -> None:
-    """Write all that the job will read, then the intent."""
-    for run in batch.runs:
-        run.folder.path.mkdir(parents=True, exist_ok=True)
+def prepare(batch: Batch, code: Path, began: Collection[str] = (), after: float = 0.0) -> None:
+    """Write all that the job will read, then the intent.
+
+    A run that is new is an entry of the plan, of which its job makes the folder; those that `began` have one, by name.
+    The batch is later than `after`, whatever this machine's clock says: of two that have a run the later one counts.
+    """
+    now = round(max(time.time(), after + 0.001), 3)
+    there = [run for run in batch.runs if run.name in began]
+    for run in there:
         write_json(run.folder.spec_file, run.settings, flush=False)
         write_json(run.folder.run_file, run.record(code.name), flush=False)
     (batch.folder / "slurm").mkdir(parents=True, exist_ok=True)
-    write_json(
-        batch.folder / "plan.json",
+    elements = {str(batch.element(run)): run for run in batch.runs}
+    plan = batches.text(
+        str(code),
+        now,
+        str(batch.folder.parent.parent),
+        {index: str(run.folder.path) for index, run in elements.items()},
         {
-            "version": 1,
-            "code": str(code),
-            "runs": {str(batch.element(run)): str(run.folder.path) for run in batch.runs},
+            index: {"run": run.record(code.name), "spec": run.settings}
+            for index, run in elements.items()
+            if run.name not in began
         },
     )
+    texts = {"plan.json": plan}
     if batch.stage.spec.cluster.executor == "slurm":
-        write_text(batch.folder / "script.sbatch", batch.script(code))
+        texts["script.sbatch"] = batch.script(code)
+    for name, text in texts.items():
+        write_text(batch.folder / name, text, flush=False)
+        sync_folder(batch.folder / name)
     write_json(batch.folder / "batch.json", {"state": "intent", "token": batch.token})
-    for run in batch.runs:
+    for run in there:
         facts = {"batch": str(batch.folder), "index": batch.element(run), "code": code.name}
-        record = {"event": "submitting", "time": round(time.time(), 3), **facts}
-        append_line(run.folder.journal_file, record, flush=False)
-    flush_all(
-        file
-        for run in batch.runs
-        for file in (run.folder.spec_file, run.folder.run_file, run.folder.journal_file)
-    )
+        append_line(run.folder.journal_file, {"event": "submitting", "time": now, **facts}, flush=False)
+    if there:
+        flush_all(
+            file
+            for run in there
+            for file in (run.folder.spec_file, run.folder.run_file, run.folder.journal_file)
+        )
 
 
 def send(batch: Batch, lock: int) -> str:
@@ -138,9 +162,7 @@ def send(batch: Batch, lock: int) -> str:
         )
         said, job = done.stderr.strip(), done.stdout.strip().partition(";")[0]
     except FileNotFoundError:
-        raise cluster.SlurmError(
-            "sbatch: not found; is this a SLURM login node? cluster=local runs here"
-        ) from None
+        raise cluster.SlurmError(NOT_HERE) from None
     except subprocess.TimeoutExpired:
         said, job = "sbatch: no answer within 120 s", ""
     if not job.isdigit():
@@ -164,21 +186,35 @@ def send(batch: Batch, lock: int) -> str:
     return job
 
 
-def elements(stages: Sequence[StagePlan], states: Mapping[str, State]) -> dict[str, str]:
-    """The SLURM element of each run that has yet to finish, by run name."""
-    found = {}
-    for stage in stages:
-        for run in stage.runs:
-            if states[run.name].name in OPEN and (batch := batch_of(run.folder)) and "job" in batch[0]:
-                found[run.name] = f"{batch[0]['job']}_{batch[1]}"
-    return found
+@dataclass(frozen=True)
+class Seen:
+    """A plan's runs, and those before them, at one moment: what there is of each, by name."""
+
+    states: Mapping[str, State]
+    began: frozenset[str]  # have a folder
+    batches: Mapping[str, str]  # the newest batch's folder of those that have one
+    asked: float  # when the last of these was written
+
+    def elements(self) -> dict[str, str]:
+        """The SLURM element of each run that has yet to finish."""
+        return {name: s.job for name, s in self.states.items() if s.name in OPEN and "_" in s.job}
 
 
-def states_of(plan: Plan, queue: Mapping[str, cluster.Job] | None) -> dict[str, State]:
-    """The state of every run of the plan and of the stages before it, by run name."""
-    return {
-        run.name: state_of(run.folder, queue) for stage in (*plan.earlier, *plan.stages) for run in stage.runs
-    }
+def look(plan: Plan, jobs: Callable[[], Mapping[str, cluster.Job]] | None) -> Seen:
+    """The states of the plan's runs and of those before them; SLURM is asked where that has a bearing on one."""
+    runs = [run for stage in (*plan.earlier, *plan.stages) for run in stage.runs]
+    known = Batches()
+    facts = read_all([str(run.folder.path) for run in runs], known)
+    asked = jobs and any(one.done is None and one.batch and "pid" not in known[one.batch] for one in facts)
+    queue = jobs() if jobs and asked else None
+    if queue is not None:  # what left the queue before it was asked has said by now why
+        facts = read_all([str(run.folder.path) for run in runs], known)
+    return Seen(
+        {run.name: judge(one, queue, known) for run, one in zip(runs, facts, strict=True)},
+        frozenset(run.name for run, one in zip(runs, facts, strict=True) if one.made),
+        {run.name: one.batch for run, one in zip(runs, facts, strict=True)},
+        max((one.asked for one in facts), default=0.0),
+    )
 
 
 def missing(stage: StagePlan, states: Mapping[str, State]) -> list[Run]:
@@ -189,23 +225,25 @@ def missing(stage: StagePlan, states: Mapping[str, State]) -> list[Run]:
 def submit(plan: Plan, code: Path) -> Iterator[tuple[Batch, str]]:
     """Submit what is missing, upstream first; yields each batch with its job's id; raises SlurmError."""
     root = runs_folder(plan.stages[0].spec)
-    with locked(root) as lock:
-        queue = cluster.jobs()
+    with locked(root) as lock, uncollected():
+        if not shutil.which("sbatch"):
+            raise cluster.SlurmError(NOT_HERE)
+        queue = cache(cluster.jobs)
         adopt(root, queue)
-        limbo.look(root)
-        states = states_of(plan, queue)
-        jobs = elements((*plan.earlier, *plan.stages), states)
+        if any(root.glob("batches/*/batch.json")):
+            limbo.look(root)
+        seen = look(plan, queue)
+        jobs = seen.elements()
         size = 0  # of an array, once SLURM has said that there is a limit
         for stage in plan.stages:
-            left = arrays.groups(missing(stage, states), jobs, size)
+            left = arrays.groups(missing(stage, seen.states), jobs, size)
             while left:
                 group = left.pop(0)
                 batch = Batch(stage, group.runs, group.dependency, token_of(group.runs, root), group.offset)
-                if dead := [states[run.name].job for run in group.runs if states[run.name].name == "blocked"]:
-                    cluster.call("scancel", *dead)  # they wait for what has failed, and would wait for ever
-                prepare(batch, code)
+                _clear(group.runs, seen)
+                prepare(batch, code, seen.began, seen.asked)
                 for run in group.runs:
-                    if states[run.name].attempts:
+                    if seen.states[run.name].attempts:
                         run.folder.note("released")  # asked for anew, the run has its budgets anew
                 try:
                     job = send(batch, lock)
@@ -224,11 +262,19 @@ def submit(plan: Plan, code: Path) -> Iterator[tuple[Batch, str]]:
                 yield batch, job
 
 
-def preview(plan: Plan, states: Mapping[str, State], code: Path) -> Iterator[Batch]:
+def _clear(runs: Sequence[Run], seen: Seen) -> None:
+    """Cancel what waits for something that has failed, and would wait for ever."""
+    states = {run.name: seen.states[run.name] for run in runs}
+    dead = [(state.job, seen.batches[name]) for name, state in states.items() if state.name == "blocked"]
+    if dead:
+        cluster.call("scancel", *arrays.named((job.partition("_")[0], batch, job) for job, batch in dead))
+
+
+def preview(plan: Plan, seen: Seen, code: Path) -> Iterator[Batch]:
     """The batches that `submit` would send now; stages not yet submitted stand in dependencies by their names."""
-    jobs = elements((*plan.earlier, *plan.stages), states)
+    jobs = seen.elements()
     for stage in plan.stages:
-        for group in arrays.groups(missing(stage, states), jobs):
+        for group in arrays.groups(missing(stage, seen.states), jobs):
             yield Batch(stage, group.runs, group.dependency, token_of(group.runs, runs_folder(stage.spec)))
             name = stage.experiment.name.replace("/", "-").replace("_", "-")
             jobs |= {run.name: f"<job of {name}>_{run.index}" for run in group.runs}

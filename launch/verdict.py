@@ -17,7 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from launch import cluster
-from launch.record import RunFolder, read_json
+from launch.record import RunFolder, of_element
 from launch.recovery import avoid, limbo, successor
 from launch.recovery.causes import CAUSES
 from launch.recovery.findings import Finding, comes_back, delay, first_line, fruitless, held, of_attempt
@@ -172,9 +172,12 @@ def main(arguments: list[str]) -> int:
     for warning in (signal.SIGTERM, signal.SIGUSR2):
         signal.signal(warning, signal.SIG_IGN)  # inherited by scontrol, which SLURM signals as well
     batch, exit_code = Path(arguments[0]), int(arguments[1])
-    plan = read_json(batch / "plan.json") or {}
     element = cluster.element_id()
-    folder = RunFolder(Path(plan["runs"][os.environ["SLURM_ARRAY_TASK_ID"]]))
+    try:
+        folder = of_element(batch, os.environ["SLURM_ARRAY_TASK_ID"])
+    except LookupError as error:
+        print(error, flush=True)
+        return 1
     restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
     attempt = f"{element}-{restarts}"
     found = of_attempt(folder, attempt, exit_code, batch / "slurm" / f"{element}_0_log.out")

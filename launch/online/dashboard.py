@@ -69,7 +69,7 @@ def facts(lines: Sequence[Line]) -> dict[str, Any]:
                 "from": str(handoff.get("parent") or ""),
             }
         )
-    last = (read_json(lines[-1].folder.spec_file) or {}).get("wandb", {})
+    last = lines[-1].folder.spec.get("wandb", {})
     kept = [run for run in runs if run["experiment"]]  # a model of the hub is no run on W&B
     return {
         "entity": str(last.get("entity") or ""),

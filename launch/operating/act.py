@@ -15,12 +15,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from launch import cluster
-from launch.arrays import shares
+from launch.arrays import named, shares
 from launch.exits import FAILED, NO_SLURM, OK, USAGE
 from launch.operating.logs import complain
 from launch.operating.show import Line, Look, look
 from launch.operating.status import children
-from launch.record import RunFolder, read_json
+from launch.record import RunFolder, note_all
 from launch.recovery import successor
 
 REQUEUED = "requeued; SLURM lets it start after about two minutes"
@@ -55,9 +55,9 @@ def cancel(chosen: Sequence[RunFolder], options: argparse.Namespace) -> int:
         return _said(options, [], "nothing to cancel: none of these runs is running or queued")
     if not (yes := agreed(open_, "cancelled", options)):
         return USAGE if yes is None else OK
-    elements = named(open_)
+    elements = named((line.batch, line.facts.batch, line.state.job) for line in open_ if line.batch)
+    note_all([line.folder for line in open_], "cancelled", by=user())
     for line in open_:
-        line.folder.note("cancelled", by=user())
         if not line.batch:
             for rank in children(int(line.state.job)):
                 os.kill(rank, signal.SIGTERM)
@@ -70,23 +70,6 @@ def cancel(chosen: Sequence[RunFolder], options: argparse.Namespace) -> int:
     except cluster.SlurmError as error:
         return _slurm(str(error))
     return _said(options, open_, f"cancelled {len(open_)} run(s)")
-
-
-def named(lines: Sequence[Line]) -> list[str]:
-    """What scancel is told: arrays as a whole where all their runs are meant, else elements.
-
-    An array whose last elements are cancelled one by one before they start is forgotten by SLURM 22.05, and what
-    depends on one of them is then taken to depend on nothing: it starts.
-    """
-    arrays: dict[str, list[Line]] = {}
-    for line in lines:
-        if line.batch:
-            arrays.setdefault(line.batch, []).append(line)
-    found = []
-    for array, members in arrays.items():
-        runs = (read_json(Path(members[0].facts.batch) / "plan.json") or {}).get("runs", {})
-        found += [array] if len(runs) == len(members) else [line.state.job for line in members]
-    return found
 
 
 def requeue(chosen: Sequence[RunFolder], options: argparse.Namespace) -> int:

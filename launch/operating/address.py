@@ -8,8 +8,9 @@ import fnmatch
 from collections.abc import Sequence
 from pathlib import Path
 
+from launch.batches import Batches
 from launch.faults import did_you_mean
-from launch.operating.status import label, read_batch
+from launch.operating.status import label
 from launch.operating.survey import survey
 from launch.record import RunFolder
 
@@ -65,7 +66,7 @@ def _matches(found: Sequence[RunFolder], root: Path, word: str) -> tuple[list[Ru
     loose = [folder for folder, text in names if text.startswith(word)]
     if loose := loose or [folder for folder, text in names if word in text]:
         return [], loose
-    facts = survey(found, root)
+    facts, batches = survey(found, root), Batches()
     if exact := [folder for folder, fact in zip(found, facts, strict=True) if fact.id == word]:
         return exact, []
     if word.replace("_", "", 1).isdigit():
@@ -75,7 +76,7 @@ def _matches(found: Sequence[RunFolder], root: Path, word: str) -> tuple[list[Ru
             for folder, fact in zip(found, facts, strict=True)
             if fact.batch
             and index in ("", str(fact.element))
-            and str(read_batch(fact.batch, {}).get("job", "")) == array
+            and str(batches[fact.batch].get("job", "")) == array
         ], []
     return [], [folder for folder, fact in zip(found, facts, strict=True) if fact.id.startswith(word)]
 

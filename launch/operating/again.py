@@ -21,7 +21,7 @@ from launch.operating.act import agreed
 from launch.operating.logs import complain
 from launch.operating.show import Line, look
 from launch.operating.status import BROKEN
-from launch.record import RunFolder, find_runs
+from launch.record import RunFolder, find_runs, make_all
 
 if TYPE_CHECKING:
     from launch.origin import Origin
@@ -137,6 +137,7 @@ def recorded(folders: Sequence[RunFolder], root: Path) -> Plan:
     from launch.reader import Layers
 
     runs: dict[Path, Run] = {}
+    make_all(folders)  # what is submitted again has begun, to be told by its journal
     wanted = {folder.path for folder in folders}
     for folder in folders:
         _read(folder, root, runs)
@@ -172,6 +173,7 @@ def _read(folder: RunFolder, root: Path, runs: dict[Path, Run]) -> Run:
 
     if folder.path in runs:
         return runs[folder.path]
+    folder.make()
     record = folder.run
     try:
         spec = Layers.read(folder.spec_file).build(ExperimentSpec)

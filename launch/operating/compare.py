@@ -20,7 +20,7 @@ from launch.identity import FREE, plain
 from launch.operating.address import choose, name
 from launch.operating.logs import complain
 from launch.plan import Experiment, load
-from launch.record import RunFolder, read_json
+from launch.record import RunFolder
 from moe.stages import STAGES
 
 # Of FREE, what changes how a step is computed, though not what it is; the rest of FREE leaves it alone.
@@ -98,14 +98,14 @@ def with_spec(folder: RunFolder, experiment: Experiment) -> Iterator[Difference]
             f"{experiment.file} has the points {names}, and none is {point or 'without a sweep'}"
         )
     spec = points.get(point, experiment.spec)
-    for difference in differences(read_json(folder.spec_file) or {}, plain(spec)):
+    for difference in differences(folder.spec, plain(spec)):
         place: Place | None = experiment.layers.origin(difference.key)
         yield Difference(difference.key, difference.was, difference.now, difference.group, str(place or ""))
 
 
 def with_run(one: RunFolder, other: RunFolder) -> Iterator[Difference]:
     """How two runs differ, the runs they start from included."""
-    yield from differences(read_json(one.spec_file) or {}, read_json(other.spec_file) or {})
+    yield from differences(one.spec, other.spec)
     was, now = one.run, other.run
     if was.get("parent_identity") != now.get("parent_identity"):
         yield Difference("(the run it starts from)", was.get("parent"), now.get("parent"), "new run")

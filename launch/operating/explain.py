@@ -79,7 +79,7 @@ def sight(folder: RunFolder, state: State, queue: Mapping[str, cluster.Job] | No
     elements += [current] if current else []
     elements = [element for element in dict.fromkeys(elements) if element.partition("_")[0].isdigit()]
     past = [row for rows in cluster.past(elements).values() for row in rows] if elements else []
-    spec = read_json(folder.spec_file) or {}
+    spec = folder.spec
     parent = str(folder.run.get("parent") or "")
     attempt = next((str(r["attempt"]) for r in reversed(journal) if r.get("attempt")), "")
     failures = failures_of(folder, attempt) if attempt else []

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from launch.operating.status import State
-from launch.record import RunFolder, read_json, read_lines
+from launch.record import RunFolder, read_lines
 
 ALLOCATED = ("start", "load", "train", "replay", "save", "eval", "lost")
 PARTS = ("queue", *ALLOCATED)
@@ -113,7 +113,7 @@ def attempts(journal: Sequence[dict[str, Any]]) -> list[Attempt]:
 
 def of(folder: RunFolder, state: State) -> Ledger:
     """The run's ledger so far."""
-    spec = read_json(folder.spec_file) or {}
+    spec = folder.spec
     gpus = int(spec.get("gpus") or 0) if (spec.get("cluster") or {}).get("device") == "cuda" else 0
     rows = [
         Row(float(row.get("time") or 0.0), int(row.get("step") or 0), float(row.get("step_seconds") or 0.0))

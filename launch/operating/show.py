@@ -11,10 +11,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from launch import cluster
+from launch.batches import Batches
 from launch.exits import FAILED, NO_SLURM, OK
 from launch.operating import ledger, shared
 from launch.operating.address import name
-from launch.operating.status import OPEN, Batches, State, job_of, judge, read_batch
+from launch.operating.status import OPEN, State, job_of, judge
 from launch.operating.survey import Facts, survey
 from launch.record import RunFolder
 from launch.recovery import avoid, limbo
@@ -48,8 +49,8 @@ class Look:
 def look(chosen: Sequence[RunFolder], root: Path, *, accounting: bool = True, age: float = 0.0) -> Look:
     """The runs' states, with at most one squeue and one sacct; the queue may be `age` s old, where others asked."""
     every = survey(chosen, root)
-    batches: Batches = {}
-    asked = [f for f in every if f.done is None and f.batch and "pid" not in read_batch(f.batch, batches)]
+    batches = Batches()
+    asked = [f for f in every if f.done is None and f.batch and "pid" not in batches[f.batch]]
     queue, why = None, ""
     if asked:
         try:
@@ -58,7 +59,7 @@ def look(chosen: Sequence[RunFolder], root: Path, *, accounting: bool = True, ag
             why = str(error)
     lines = []
     for folder, facts in zip(chosen, every, strict=True):
-        batch = job_of(read_batch(facts.batch, batches), queue) if facts.batch else ""
+        batch = job_of(batches[facts.batch], queue) if facts.batch else ""
         lines.append(Line(folder, name(folder, root), facts, judge(facts, queue, batches), batch))
     return Look(_past(lines) if accounting and queue is not None else lines, queue, why)
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from launch.batches import Batches
 from launch.cluster import ACTIVE, Job, array_of
 from launch.operating.survey import Facts
 from launch.record import RunFolder, read_json
@@ -18,8 +19,6 @@ BROKEN = ("failed", "cancelled", "stopped", "blocked")  # none is there, and non
 
 # SLURM's reasons for a job that waits until someone lets it go (squeue(1), JOB REASON CODES).
 HELD = re.compile(r"JobHeld|requeued held|RequeueHold|SpecialExit|launch failed", re.IGNORECASE)
-
-Batches = MutableMapping[str, dict[str, Any]]  # what batch.json says, by the batch's folder
 
 
 @dataclass(frozen=True)
@@ -38,14 +37,7 @@ class State:
 def batch_of(folder: RunFolder) -> tuple[dict[str, Any], int] | None:
     """The newest batch that the run was put in, and its index there."""
     facts = Facts.read(str(folder.path))
-    return (read_batch(facts.batch, {}), facts.element) if facts.batch else None
-
-
-def read_batch(path: str, batches: Batches) -> dict[str, Any]:
-    """What batch.json says, and the `folder`; read once for all who share `batches`."""
-    if path not in batches:
-        batches[path] = {**(read_json(Path(path, "batch.json")) or {}), "folder": path}
-    return batches[path]
+    return (Batches()[facts.batch], facts.element) if facts.batch else None
 
 
 def alive(pid: int, started: int) -> bool:
@@ -72,7 +64,8 @@ def children(pid: int) -> list[int]:
 
 def state_of(folder: RunFolder, queue: Mapping[str, Job] | None) -> State:
     """The run's state; `queue` is None where SLURM was not asked or did not answer."""
-    return judge(Facts.read(str(folder.path)), queue, {})
+    batches = Batches()
+    return judge(Facts.read(str(folder.path), batches), queue, batches)
 
 
 def judge(facts: Facts, queue: Mapping[str, Job] | None, batches: Batches) -> State:
@@ -87,7 +80,7 @@ def _judge(facts: Facts, queue: Mapping[str, Job] | None, batches: Batches) -> t
         return "done", f"step {facts.done}", ""
     if not facts.batch:
         return "new", "", ""
-    batch = read_batch(facts.batch, batches)
+    batch = batches[facts.batch]
     asked = "being cancelled" if facts.said == "cancelled" else ""
     if "pid" in batch:
         if batch.get("host") != os.uname().nodename:
@@ -102,10 +95,10 @@ def _judge(facts: Facts, queue: Mapping[str, Job] | None, batches: Batches) -> t
             return "unknown", "SLURM does not answer", element
         found = queue.get(element)
         if found and found.state in ACTIVE:
-            return *_queued(facts, found, queue, asked), element
+            return *_queued(facts, found, queue, batches, asked), element
         after = f"{facts.batch.partition('.after-')[0]}.after-{element}"  # launch.recovery.successor's
         if after != facts.batch and os.path.exists(f"{after}/batch.json"):
-            spare = f"{job_of(read_batch(after, batches), queue)}_{facts.element}"
+            spare = f"{job_of(batches[after], queue)}_{facts.element}"
             if spare in queue and queue[spare].state in ACTIVE:
                 return _judge(facts._replace(batch=after), queue, batches)
         if found and found.state == "COMPLETED":
@@ -116,7 +109,7 @@ def _judge(facts: Facts, queue: Mapping[str, Job] | None, batches: Batches) -> t
         ends = {"preempted": "stopped", "timeout": "stopped", "cancelled": "cancelled"}
         name = ends.get(facts.verdict, "failed")
         return name, f"{facts.verdict}: {facts.reason}".removesuffix(": "), ""
-    if job and not facts.started and (why := broken_parent(facts.parent, queue)):
+    if job and not facts.started and (why := broken_parent(facts.parent, queue, batches)):
         return "cancelled", f"cancelled by SLURM because {why}", ""
     if batch.get("state") == "refused":
         return "stopped", f"SLURM refused it: {batch.get('reason')}", ""
@@ -137,7 +130,9 @@ def job_of(batch: Mapping[str, Any], queue: Mapping[str, Job] | None) -> str:
     return str(batch.get("job", ""))
 
 
-def _queued(facts: Facts, found: Job, queue: Mapping[str, Job], asked: str) -> tuple[str, str]:
+def _queued(
+    facts: Facts, found: Job, queue: Mapping[str, Job], batches: Batches, asked: str
+) -> tuple[str, str]:
     """(state, reason) of a run whose job SLURM still has."""
     pending = found.state in ("PENDING", "REQUEUE_HOLD")
     if found.state == "REQUEUE_HOLD" and found.reason in ("BeginTime", "Priority", "Resources"):
@@ -149,25 +144,27 @@ def _queued(facts: Facts, found: Job, queue: Mapping[str, Job], asked: str) -> t
     if not pending:
         return "running", asked or found.nodes
     if found.reason == "DependencyNeverSatisfied":
-        return "blocked", broken_parent(facts.parent, queue) or "what it waits for has failed"
+        return "blocked", broken_parent(facts.parent, queue, batches) or "what it waits for has failed"
     if found.reason == "Dependency":
-        return "waiting", f"after {label(facts.parent)}" if facts.parent else found.reason
+        return "waiting", f"after {label(facts.parent, batches)}" if facts.parent else found.reason
     return "queued", asked or found.reason
 
 
-def broken_parent(parent: str, queue: Mapping[str, Job] | None) -> str:
+def broken_parent(parent: str, queue: Mapping[str, Job] | None, batches: Batches) -> str:
     """Which run up the chain keeps those below from starting, in words; empty where none does."""
     if not parent:
         return ""
-    facts = Facts.read(parent)
-    state = judge(facts, queue, {})
+    facts = Facts.read(parent, batches)
+    state = judge(facts, queue, batches)
     if state.name not in BROKEN:
         return ""
-    above = broken_parent(facts.parent, queue) if not facts.started else ""
-    return above or f"{label(parent)} {'was ' * (state.name == 'cancelled')}{state.name}"
+    above = broken_parent(facts.parent, queue, batches) if not facts.started else ""
+    return above or f"{label(parent, batches)} {'was ' * (state.name == 'cancelled')}{state.name}"
 
 
-def label(folder: str) -> str:
+def label(folder: str, batches: Batches | None = None) -> str:
     """A run's name as its record has it, without the last part where there is no sweep."""
-    run = read_json(Path(folder, "run.json")) or {}
-    return str(run.get("name", Path(folder).name)).removesuffix("/run")
+    run = read_json(Path(folder, "run.json"))
+    if run is None and (entry := (batches or Batches()).entry(folder)):
+        run = entry.run
+    return str((run or {}).get("name", Path(folder).name)).removesuffix("/run")

@@ -8,7 +8,6 @@ harm.
 
 from __future__ import annotations
 
-import gc
 import json
 import os
 import re
@@ -16,10 +15,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from launch.batches import Batches, Entry
+from launch.once import uncollected
 from launch.record import RunFolder, newest_lines, newest_records, read_json
 
 KEPT = ".survey.json"
-VERSION = 1  # of Facts and the file
+VERSION = 2  # of Facts and the file
 FILES = ("run.json", "attempts.jsonl", "metrics.jsonl", "handoff.json")
 # What of a journal's lines tells the state; launch.record writes them so.
 EVENT = b'"event": "'
@@ -52,10 +53,11 @@ class Facts(NamedTuple):
     verdict: str = ""
     reason: str = ""
     by: str = ""
+    made: bool = False  # the run has a folder
 
     @classmethod
-    def read(cls, folder: str) -> Facts:
-        """Read them from the folder's files."""
+    def read(cls, folder: str, batches: Batches | None = None) -> Facts:
+        """Read them from the folder's files; from its batch, where the run has no folder yet."""
         run = _mapping(_whole(f"{folder}/run.json"))
         row = next(newest_records(f"{folder}/metrics.jsonl"), {})
         found: dict[str, dict[str, Any]] = {}
@@ -81,6 +83,8 @@ class Facts(NamedTuple):
             if "submitting" in found and "number" in found.get("start", {}):
                 break  # all before is history
         said, start, submitting = (found.get(key, {}) for key in ("said", "start", "submitting"))
+        if not run and (entry := (batches or Batches()).entry(folder)):
+            return cls.waiting(entry)
         return cls(
             id=str(run.get("id", "")),
             name=str(run.get("name", "")),
@@ -99,6 +103,22 @@ class Facts(NamedTuple):
             verdict=str(said.get("verdict", "")),
             reason=str(said.get("reason", "")) + (f" ({said['held']})" if said.get("held") else ""),
             by=str(said.get("by", "")),
+            made=bool(run),
+        )
+
+    @classmethod
+    def waiting(cls, entry: Entry) -> Facts:
+        """Of a run that has no folder yet."""
+        run = entry.run
+        return cls(
+            id=run["id"],
+            name=run["name"],
+            stage=run["stage"],
+            parent=run["parent"] or "",
+            batch=entry.batch,
+            element=entry.index,
+            asked=entry.plan["time"],
+            said="submitting",
         )
 
 
@@ -152,22 +172,60 @@ def _mapping(text: bytes) -> dict[str, Any]:
 
 def survey(folders: Sequence[RunFolder], root: Path) -> list[Facts]:
     """The facts of each run, in the order given; those unchanged since the last look are not read again."""
+    paths = [str(folder.path) for folder in folders]
+    waiting = Batches().waiting(str(root))
+    waiting = {path: waiting[path] for path in paths if path in waiting and not _made(path)}
+    facts = dict(
+        zip(left := [path for path in paths if path not in waiting], _began(left, str(root)), strict=True)
+    )
+    return [Facts.waiting(waiting[path]) if path in waiting else facts[path] for path in paths]
+
+
+def read_all(folders: Sequence[str], batches: Batches) -> list[Facts]:
+    """The facts of runs of which most may have yet to be submitted: what is not there costs nothing."""
+    present = there(folders)
+    found = []
+    for folder in folders:
+        if folder in present:
+            found.append(Facts.read(folder, batches))
+        else:
+            entry = batches.entry(folder)
+            found.append(Facts.waiting(entry) if entry else Facts())
+    return found
+
+
+def there(folders: Iterable[str]) -> set[str]:
+    """Those of the folders that exist, by one look at each folder above them."""
+    names: dict[str, set[str]] = {}
+    found = set()
+    for folder in folders:
+        above, _, last = folder.rpartition("/")
+        if above not in names:
+            try:
+                names[above] = set(os.listdir(above))
+            except OSError:
+                names[above] = set()
+        if last in names[above]:
+            found.add(folder)
+    return found
+
+
+def _made(folder: str) -> bool:
+    return os.path.exists(f"{folder}/run.json")
+
+
+def _began(folders: Sequence[str], top: str) -> list[Facts]:
+    """The facts of runs that have their folders."""
     if len(folders) < WORTH_KEEPING:
-        return [Facts.read(str(folder.path)) for folder in folders]
-    collecting = gc.isenabled()
-    gc.disable()  # a million small values and no rings among them: looking for some costs a tenth of the time
-    try:
-        return _survey(folders, str(root))
-    finally:
-        if collecting:
-            gc.enable()
+        return [Facts.read(folder) for folder in folders]
+    with uncollected():
+        return _survey(folders, top)
 
 
-def _survey(folders: Sequence[RunFolder], top: str) -> list[Facts]:
+def _survey(folders: Sequence[str], top: str) -> list[Facts]:
     kept = _load(top)
     found, fresh = [], 0
-    for folder in folders:
-        path = str(folder.path)
+    for path in folders:
         mark = _mark(path)
         entry = kept.get(path)
         if entry and entry[0] == mark:

@@ -198,7 +198,7 @@ def story(line: Line) -> Story:
     return Story(
         line=line,
         record=folder.run,
-        spec=redact(read_json(folder.spec_file) or {}),
+        spec=redact(folder.spec),
         curves=curves,
         ledger=ledger.of(folder, line.state),
         tries=tuple(_tries(folder, line, curves.last)),
@@ -230,7 +230,7 @@ def chain(lines: Sequence[Line], look: Any) -> list[Line]:
 
 def _parents(known: Mapping[Path, Line]) -> list[Path]:
     wanted = {Path(line.facts.parent) for line in known.values() if line.facts.parent}
-    return sorted(path for path in wanted - set(known) if (path / "run.json").is_file())
+    return sorted(path for path in wanted - set(known) if RunFolder(path).run)
 
 
 def _tries(folder: RunFolder, line: Line, last: int) -> Iterator[Try]:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from launch import cluster
 from launch.operating.ledger import brief
-from launch.record import RunFolder, append_line, read_json, read_lines
+from launch.record import RunFolder, append_line, read_lines
 from launch.recovery.causes import CAUSES
 from launch.recovery.findings import Finding
 
@@ -97,7 +97,7 @@ class Nodes:
     @classmethod
     def of(cls, root: Path, folder: RunFolder, facts: Mapping[str, str]) -> Nodes:
         """For a run's job; `facts` as scontrol shows it."""
-        given = str(((read_json(folder.spec_file) or {}).get("cluster") or {}).get("exclude", ""))
+        given = str((folder.spec.get("cluster") or {}).get("exclude", ""))
         needed = facts.get("NumNodes", "1").partition("-")[0]
         return cls(
             root=root,

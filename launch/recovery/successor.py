@@ -42,7 +42,8 @@ def submit(batch: Path, element: str, *options: str) -> str:
     else:
         plan = read_json(batch / "plan.json") or {"runs": {}}
         runs = {number: run for number, run in plan["runs"].items() if number == index}
-        write_json(place / "plan.json", {**plan, "runs": runs})
+        new = {number: run for number, run in plan.get("new", {}).items() if number == index}
+        write_json(place / "plan.json", {**plan, "runs": runs, "new": new})
         write_json(file, {"state": "intent", "token": token})
         job = ""
     if not job:
@@ -155,4 +156,4 @@ def drop(batch: Path, element: str) -> None:
     facts = read_json(place_of(batch, element) / "batch.json") or {}
     if array := facts.get("job"):
         with contextlib.suppress(cluster.SlurmError):
-            cluster.call("scancel", str(array), timeout=20)  # by the array: see launch.operating.act.named
+            cluster.call("scancel", str(array), timeout=20)  # by the array: see launch.arrays.named

@@ -18,8 +18,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from launch import cluster
+from launch.batches import entry_of
 from launch.operating.status import children
-from launch.record import RunFolder, read_json, write_json
+from launch.record import RunFolder, of_element, write_json
 from launch.recovery import limbo, successor
 from launch.recovery.pulse import Beat, beats
 from launch.spec import Duration
@@ -138,13 +139,17 @@ def main(arguments: list[str]) -> int:
     from launch.verdict import late
 
     batch = Path(arguments[0])
-    plan = read_json(batch / "plan.json") or {}
-    folder = RunFolder(Path(plan["runs"][os.environ["SLURM_ARRAY_TASK_ID"]]))
+    try:
+        folder = of_element(batch, os.environ["SLURM_ARRAY_TASK_ID"])
+    except LookupError:
+        return 1  # the ranks will say so
+    with contextlib.suppress(OSError):
+        folder.make(entry_of(str(batch), os.environ["SLURM_ARRAY_TASK_ID"]))  # before they look for it
     element = cluster.element_id()
     restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
     attempt = f"{element}-{restarts}"
     root = batch.parent.parent
-    spec = read_json(folder.spec_file) or {}
+    spec = folder.spec
     if (spec.get("cluster") or {}).get("spare"):
         successor.prepare(batch, folder, element)
     late(root, folder, element, restarts)

@@ -18,7 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from launch import cli, snapshot, submission
-from launch.record import read_json
+from launch.batches import entry_of
+from launch.cluster import Job
+from launch.operating.status import state_of
+from launch.record import find_runs, of_element, read_json
 from tests.launch import chain
 
 SPEC = "sweep: {train.optim.lr: [1e-5, 2e-5]}\n"
@@ -89,26 +92,44 @@ def run(act: Callable[[], int], die_at: int = 0) -> tuple[int, int, str]:
 
 
 def wrong(place: Path, slurm: Path) -> list[str]:
-    """What is not as it should be: a run without an element or with two, an element that would find nothing to do."""
+    """What is not as it should be: a run without an element or with two, an element that would find nothing to do.
+
+    What the elements' jobs do first is done here: they make their folders.
+    """
     found = []
     runs = place / "runs"
-    plans = {}
+    batches = {}
     for path in runs.glob("batches/*/batch.json"):
         facts = read_json(path) or {}
         if facts.get("job"):
-            plans[str(facts["job"])] = read_json(path.parent / "plan.json") or {"runs": {}}
+            batches[str(facts["job"])] = path.parent
     queue = [line.split("|")[0] for line in (slurm / "queue").read_text().splitlines()]
-    meant = [plans.get(id.split("_")[0], {"runs": {}})["runs"].get(id.split("_")[1], "") for id in queue]
-    if len(queue) != ELEMENTS or len(set(meant)) != ELEMENTS:
-        found.append(f"{len(queue)} elements for {len(set(meant))} runs")
-    for folder in filter(None, meant):
-        found += [f"{folder} has no {f}" for f in ("run.json", "spec.json") if not Path(folder, f).is_file()]
-    for plan in plans.values():
-        code = Path(plan.get("code", ""))
+    listed = find_runs(runs)
+    meant = []
+    for id in queue:
+        job, _, index = id.partition("_")
+        if job not in batches:
+            found.append("an element that no batch knows")
+            continue
+        folder = of_element(batches[job], index)
+        meant.append(folder)
+        state = state_of(folder, {id: Job(id, "PENDING", "Priority", "", "")})
+        if (state.name, state.job) != ("queued", id):
+            found.append(f"{folder.path} is {state}")
+        folder.make(entry_of(str(batches[job]), index))
+        first = folder.journal[:1]
+        if not (read_json(folder.run_file) or {}).get("identity") or not read_json(folder.spec_file):
+            found.append(f"{folder.path} is not whole")
+        if [(r["event"], r["batch"], r["index"]) for r in first] != [
+            ("submitting", str(batches[job]), int(index))
+        ]:
+            found.append(f"{folder.path} has begun with {first}")
+    if len(queue) != ELEMENTS or len(set(meant)) != ELEMENTS or set(listed) != set(meant):
+        found.append(f"{len(queue)} elements for {len(set(meant))} runs, of which {len(listed)} are listed")
+    for batch in batches.values():
+        code = Path((read_json(batch / "plan.json") or {}).get("code", ""))
         if snapshot.digest() != code.name or not (code / "launch" / "job.py").is_file():
             found.append(f"{code} is not the code")
-    if "" in meant:
-        found.append("an element that no batch knows")
     return found
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from launch.batches import Batches
 from launch.cluster import Job
 from launch.operating.reasons import VERDICTS
 from launch.operating.status import judge
@@ -153,7 +154,7 @@ def test_ranks_that_leave_well_because_one_failed_do_not_hide_it(folder: RunFold
 
 
 def test_a_job_preempted_before_it_could_speak_is_told_as_that() -> None:
-    facts, batches = Facts(batch="b", element=3), {"b": {"state": "submitted", "job": "7"}}
+    facts, batches = Facts(batch="b", element=3), Batches({"b": {"state": "submitted", "job": "7"}})
     state = judge(facts, {"7_3": Job("7_3", "PREEMPTED", "None", "", "")}, batches)
     assert state.name == "stopped"
     assert (

@@ -122,7 +122,7 @@ def test_a_file_that_is_no_specification_is_not_read_to_its_end(
 
 def test_ctrl_c_ends_it_in_words(tmp_path: Path) -> None:
     slurm = chain.fake_slurm(tmp_path / "bin")
-    (slurm / "squeue").write_text("#!/bin/sh\nkill -INT $PPID\nsleep 5\n")
+    (slurm / "sbatch").write_text("#!/bin/sh\nkill -INT $PPID\nsleep 5\n")
     door = [sys.executable, str(REPOSITORY / "launch" / "submit.py"), str(chain.write(tmp_path))]
     env = {"PATH": chain.path_with(slurm), "DATA_ROOT": "/data"}
     done = subprocess.run(door, env=env, capture_output=True, text=True, timeout=60)

@@ -18,10 +18,10 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.slow
-def test_killed_before_every_fourth_change_and_within_each_sbatch(tmp_path: Path) -> None:
-    """All of them, about 400: python -m tests.launch.killed FOLDER"""
+def test_killed_before_every_change_and_within_each_sbatch(tmp_path: Path) -> None:
+    """And before each while the code is copied, some 500: python -m tests.launch.killed FOLDER"""
     done = subprocess.run(
-        [sys.executable, "-m", "tests.launch.killed", str(tmp_path), "4", "60"],
+        [sys.executable, "-m", "tests.launch.killed", str(tmp_path), "1", "60"],
         cwd=ROOT,
         capture_output=True,
         text=True,

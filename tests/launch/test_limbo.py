@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from launch.batches import Batches
 from launch.cluster import Job
 from launch.operating.status import judge
 from launch.operating.survey import Facts
@@ -70,7 +71,7 @@ def test_what_was_let_go_is_in_the_queue_though_slurm_keeps_its_state(tmp_path: 
 
     def state(reason: str) -> str:
         queue = {"7_3": Job("7_3", "REQUEUE_HOLD", reason, "", "b")}
-        return judge(Facts.read(str(folder.path)), queue, {}).name
+        return judge(Facts.read(str(folder.path)), queue, Batches()).name
 
     assert [state(reason) for reason in ("JobHoldMaxRequeue", "BeginTime")] == ["held", "queued"]
 

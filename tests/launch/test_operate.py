@@ -319,6 +319,7 @@ def test_what_failed_is_submitted_anew_with_what_waited_for_it(tmp_path: Path) -
     env = {**os.environ, "PATH": chain.path_with(slurm)}
     subprocess.run(command, env=env, check=True, capture_output=True, timeout=60)
     root = tmp_path / "runs"
+    RunFolder(root / "s1" / "run").make()
     write_json(RunFolder(root / "s1" / "run").handoff_file, {"step": 5})
     for index, lr in enumerate(("1e-5", "2e-5", "3e-5")):
         folder = RunFolder(root / "s2" / f"lr={lr}")
@@ -364,6 +365,7 @@ def test_a_run_that_would_be_another_with_this_code_is_not_submitted(tmp_path: P
     )
     (slurm / "queue").write_text("")
     folder = RunFolder(tmp_path / "runs" / "s1" / "run")
+    folder.make()
     record = folder.run
     write_json(folder.run_file, {**record, "identity": "0" * 64})
     done = resubmit(tmp_path / "runs", slurm, "s1")

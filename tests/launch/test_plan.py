@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,37 @@ def test_all_points_start_from_the_only_run_above(tmp_path: Path) -> None:
 def test_equal_sweeps_are_matched_point_by_point(tmp_path: Path) -> None:
     plan = make(chain.write(tmp_path, sweep2=SWEEP, sweep3=SWEEP))
     assert [run.parent for run in plan.stages[2].runs] == list(plan.stages[1].runs)
+
+
+def test_a_point_is_read_as_if_it_were_written_out(tmp_path: Path) -> None:
+    """The points share what they have in common; what is wrong with one is told in the same words."""
+    axes = (
+        "train.optim.lr: [1e-5, 2e-5], moe.top_k: [1, 2], data.mix: [{a.json: 1}, {a.json: 1.0, b.json: 2}]"
+    )
+    swept = make(chain.write(tmp_path, sweep3=f"sweep: {{{axes}}}\n")).stages[2].runs
+    chain.write(tmp_path)
+    values = product(("1e-5", "2e-5"), ("1", "2"), ("{a.json: 1}", "{a.json: 1.0, b.json: 2}"))
+    for run, (lr, k, mix) in zip(swept, values, strict=True):
+        [alone] = (
+            make(tmp_path / "s3.yaml", [f"train.optim.lr={lr}", f"moe.top_k={k}", f"data.mix={mix}"])
+            .stages[2]
+            .runs
+        )
+        assert (run.spec, run.identity) == (alone.spec, alone.identity)
+        assert json.dumps(run.settings) == json.dumps(alone.settings)
+    for axis, value in (
+        ("moe.expert_parallel", "3"),
+        ("moe.top_k", "99"),
+        ("train.steps", "x"),
+        ("wandb.entity", "hf_" + "x" * 20),
+    ):
+        with pytest.raises(SpecError) as alone_fails:
+            make(chain.write(tmp_path), [f"{axis}={value}"])
+        good = {"moe.expert_parallel": "1", "moe.top_k": "1", "train.steps": "5"}.get(axis, "me")
+        with pytest.raises(SpecError) as fails:
+            make(chain.write(tmp_path, sweep3=f"sweep: {{{axis}: [{good}, {value}]}}\n"))
+        messages = [[fault.message for fault in caught.value.faults] for caught in (alone_fails, fails)]
+        assert messages[0] == messages[1]
 
 
 def test_a_sweep_above_with_other_points_is_a_fault_with_a_way_out(tmp_path: Path) -> None:

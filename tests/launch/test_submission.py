@@ -230,7 +230,8 @@ def test_without_slurm_it_says_so(tmp_path: Path) -> None:
     empty.mkdir()
     done = submit(chain.write(tmp_path), PATH=str(empty))
     assert done.returncode == 3
-    assert "squeue: not found; is this a SLURM login node?" in done.stderr
+    assert "sbatch: not found; is this a SLURM login node? cluster=local runs here" in done.stderr
+    assert not list(tmp_path.glob("runs/batches/*"))
 
 
 def test_a_plan_over_the_limit_of_gpu_hours_is_refused_unless_one_says_yes(

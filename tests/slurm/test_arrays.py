@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.record import append_line, write_json
+from launch.record import RunFolder, append_line, write_json
 from tests.launch import chain
 from tests.slurm.cluster import PrivateSlurm
 
@@ -60,7 +60,8 @@ def test_a_sweep_over_max_array_size_is_several_arrays_that_hang_together(
             assert {e: Path(path).name.removeprefix("lr=") for e, path in plan.items()} == expected
             assert all(f"{job}_{e}" in jobs for e in plan)
             for e, path in plan.items():
-                assert json.loads((Path(path) / "run.json").read_text())["index"] == 4 * k + int(e)
+                assert RunFolder(Path(path)).run["index"] == 4 * k + int(e)
+                assert not Path(path).exists()  # until its job starts
 
     # Again: nothing. After a submitter that died before SLURM's answer: its array is found, and nothing sent.
     assert "nothing to do" in submit()
