@@ -47,11 +47,15 @@ class Dataset:
     page: str = ""
     hub: str = ""  # the original publisher's data set id
     schema: Schema = "llava"  # the original publisher's format, for `prepare.py convert`
-    licence: str = ""
+    licence: str = ""  # what the publisher's page says; `terms` says where, and that nobody has verified it
     note: str = ""
 
+    @property
+    def terms(self) -> str:
+        """Where to look up the licence, and what was read there."""
+        place = f"https://huggingface.co/datasets/{self.hub}" if self.hub else self.page
+        return f"not verified: look it up at {place} ({self.licence}); pictures have licences of their own"
 
-_LICENCES = "annotations CC BY 4.0, made with GPT-4 (OpenAI's terms apply); pictures: their own licences"
 
 _TUNE = Archive(
     "llava_image_tune_2.zip",
@@ -71,7 +75,7 @@ _ROWS = (
         archive=Archive("llava_image.zip", 27.4),
         page="https://github.com/haotian-liu/LLaVA/blob/main/docs/Data.md",
         hub="liuhaotian/LLaVA-Pretrain",
-        licence="BLIP captions of LAION, CC and SBU pictures: research use; each picture has its own licence",
+        licence="says 'other'; captions by BLIP",
     ),
     Dataset(
         "svit-157k",
@@ -83,7 +87,7 @@ _ROWS = (
         page="https://github.com/BAAI-DCAI/Visual-Instruction-Tuning",
         hub="BAAI/SVIT",
         schema="svit",
-        licence=f"{_LICENCES} (Visual Genome: CC BY 4.0)",
+        licence="says CC BY 4.0, and to keep to the rules of each source; made with GPT-4",
         note="the publisher's own images.zip was corrupt: take Visual Genome's images.zip and images2.zip",
     ),
     Dataset(
@@ -96,7 +100,7 @@ _ROWS = (
         page="https://github.com/X2FD/LVIS-INSTRUCT4V",
         hub="X2FD/LVIS-Instruct4V",
         schema="lvis",
-        licence="annotations made with GPT-4V (OpenAI's terms apply); pictures COCO (Flickr terms)",
+        licence="names none; the code's is MIT; made with GPT-4V",
         note="alone it gives poor models; it is meant to be mixed",
     ),
     Dataset(
@@ -108,7 +112,7 @@ _ROWS = (
         archive=Archive("lrv_tune.zip", 3.02),
         page="https://github.com/FuxiaoLiu/LRV-Instruction",
         schema="lrv",
-        licence="annotations BSD 3-Clause, made with GPT-4; pictures Visual Genome (CC BY 4.0)",
+        licence="the repository's is BSD 3-Clause; made with GPT-4",
     ),
     Dataset(
         "mimicit-256k",
@@ -120,7 +124,7 @@ _ROWS = (
         page="https://github.com/Luodian/Otter/tree/main/mimic-it",
         hub="pufanyi/MIMICIT",
         schema="mimic-it",
-        licence="MIT for the annotations, made with ChatGPT; pictures COCO (Flickr terms)",
+        licence="says MIT, in an agreement for scientific or research use only",
     ),
     Dataset(
         "nlp",
@@ -129,7 +133,7 @@ _ROWS = (
         exact=True,
         megabytes=141,
         page="https://github.com/haotian-liu/LLaVA/blob/main/docs/Data.md",
-        licence="ShareGPT conversations: research use",
+        licence="ShareGPT conversations; names none for them",
         note="text only; the ShareGPT rows of the 665k mix, read in stage 2 and in stage 3",
     ),
     Dataset(
@@ -142,7 +146,7 @@ _ROWS = (
         archive=_TUNE,
         page="https://github.com/haotian-liu/LLaVA#visual-instruction-tuning",
         hub="liuhaotian/LLaVA-Instruct-150K",
-        licence=f"{_LICENCES} (COCO, GQA, OCR-VQA, TextVQA, Visual Genome)",
+        licence="says CC BY 4.0 of the GPT-4 part, and to keep to OpenAI's terms",
         note="the 665k mix less its text-only rows; 355 OCR-VQA pictures can no longer be downloaded singly",
     ),
 )

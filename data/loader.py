@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from data.index import Row
 from data.mixture import Mixture, Stream
 from data.packing import PackedStream
 from data.records import read
+from data.replaced import Replaced
 from data.shards import open_shard
 from data.sources import DataError, Question, held_out, root_of, sources_of, texts
 from data.spec import DataSpec
@@ -69,7 +71,8 @@ class Loader:
     """This rank's micro-batches. The order of all ranks' samples depends on the spec and the seed alone.
 
     A sample whose pictures cannot be read is replaced by another one with as many pictures, chosen by the
-    seed; each rank counts its own, and over `spec.bad_samples` it stops with their list. Records that the
+    seed; over `spec.bad_samples` it stops with their list. `replaced` is a folder in which all ranks of a run
+    note theirs, so that they are counted over the run; without it each rank counts its own. Records that the
     index found untrainable are left out and count too. Raises DataError, in words, for whatever the data
     lack.
     """
@@ -86,6 +89,7 @@ class Loader:
         rank: int,
         world: int,
         seed: int,
+        replaced: Path | None = None,
     ) -> None:
         if faults := tokenizer_faults(tokenizer, spec.template):
             raise DataError(f"the tokenizer does not suit template {spec.template}: " + "; ".join(faults))
@@ -95,8 +99,8 @@ class Loader:
         self._rank, self._world, self._seed = rank, world, seed
         self._size = micro_batch * accumulation * world
         self._step = 0
-        self._replaced: list[str] = []
-        self._earlier = 0  # replaced before this attempt
+        self._replaced = Replaced(replaced, rank, world)
+        self._noted = replaced is not None
         self._tokens = self._slots = 0
         self._buffers = Buffers((image.size, image.size, 3))
         self._root = root_of(spec)
@@ -104,7 +108,7 @@ class Loader:
         self._mixture = Mixture(sources_of(spec, self._root, tokenizer), patches, spec.max_length)
         self._dropped = self._faults()
         if len(self._dropped) > spec.bad_samples:
-            raise DataError(self._over(self._dropped))
+            raise DataError(self._over(self._dropped, len(self._dropped)))
         if self._mixture.samples == 0:
             raise DataError(f"the mix {spec.mix!r} has no samples")
         self._stream = Stream(self._mixture, spec.group_by, self._size, accumulation * world, seed)
@@ -119,6 +123,7 @@ class Loader:
     def steps(self) -> Iterator[list[dict[str, Tensor]]]:
         """Each optimizer step's micro-batches, from the state's position on; endless."""
         waiting: deque[list[_Batch]] = deque()
+        self._replaced.begin(self._step)
         try:
             while True:
                 while len(waiting) <= (AHEAD if self._pool else 0):
@@ -141,7 +146,7 @@ class Loader:
             "packing": self._spec.capacity,
             "group_by": self._spec.group_by,
             "data": self._mixture.digest,
-            "replaced": self._earlier + len(self._replaced),
+            "replaced": self._replaced.count(),
         }
         return {**state, "cursor": self._packed.cursor(self._step)} if self._packed else state
 
@@ -155,12 +160,17 @@ class Loader:
                     "would "
                     "not be the same stream; keep seed, data and global batch, or start a new run"
                 )
-        self._step, self._earlier = int(state["step"]), int(state["replaced"])
+        self._step = int(state["step"])
+        if not self._noted:
+            self._replaced.earlier = int(state["replaced"])
         if self._packed:
             self._packed.go(state["cursor"])
 
     def report(self) -> dict[str, Any]:
-        """Counts so far, of this rank; `padding` is the share of empty slots, image patches counted."""
+        """Counts so far: `replaced` of the run where that is noted, else of this rank; `padding`, of this rank, is
+        the share of empty slots, image patches counted.
+        """
+        replaced = self._replaced.all()
         return {
             "samples": self.samples,
             "sources": {
@@ -170,8 +180,8 @@ class Loader:
             "step": self._step,
             "cut": self._mixture.overlong,
             "dropped": len(self._dropped),
-            "replaced": list(self._replaced),
-            "replaced_count": self._earlier + len(self._replaced),
+            "replaced": [note.why for note in replaced],
+            "replaced_count": self._replaced.earlier + len(replaced),
             "padding": 1 - self._tokens / self._slots if self._slots else 0.0,
         }
 
@@ -207,14 +217,8 @@ class Loader:
                 job.future.result()
             elif job.row.images:
                 self._read(job)
-            for why in job.replaced:
-                log.warning("replaced a sample: %s", why)
-            self._replaced += job.replaced
-        if (
-            self._replaced
-            and self._earlier + len(self._replaced) + len(self._dropped) > self._spec.bad_samples
-        ):
-            raise DataError(self._over([*self._dropped, *self._replaced]))
+            if job.replaced:
+                self._note(job.replaced)
         packed = [[job.row for job in jobs] for jobs in batch.sequences]
         rows = [joined(sequence) if len(sequence) > 1 else sequence[0] for sequence in packed]
         lengths = [spliced(row.input_ids, self._patches) for row in rows]
@@ -222,6 +226,15 @@ class Loader:
         self._slots += max(lengths) * len(lengths)
         tensors = collate(rows, torch.from_numpy(batch.pixels).permute(0, 3, 1, 2), self._pad)
         return {**tensors, "segments": segments(packed)} if self._packed else tensors
+
+    def _note(self, whys: list[str]) -> None:
+        """Count a sample that was replaced; DataError when there have been too many."""
+        for why in whys:
+            log.warning("replaced a sample: %s", why)
+        self._replaced.add(self._step, whys)
+        count = self._replaced.count() + len(self._dropped)
+        if count > self._spec.bad_samples:
+            raise DataError(self._over([*self._dropped, *(note.why for note in self._replaced.all())], count))
 
     def _row(self, sample: int) -> Row:
         place = self._mixture.place(sample)
@@ -297,10 +310,10 @@ class Loader:
                 )
         return told
 
-    def _over(self, faults: list[str]) -> str:
+    def _over(self, faults: list[str], count: int) -> str:
         more = f"\n  and {len(faults) - TOLD} more" if len(faults) > TOLD else ""
         return (
-            f"{self._earlier + len(faults)} samples cannot be used, and data.bad_samples allows "
+            f"{count} samples cannot be used, and data.bad_samples allows "
             f"{self._spec.bad_samples}:\n  " + "\n  ".join(faults[:TOLD]) + more + "\n"
             "`python data/prepare.py check` lists them all and --fix writes files without them"
         )

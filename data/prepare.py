@@ -128,7 +128,7 @@ def plan(options: argparse.Namespace) -> int:
             missing += [(f"{folder}{name}", size, into) for name, size in files_of(dataset).items()]
             kept += archive.gigabytes
         print(f"{'':18} {dataset.page}")
-        print(f"{'':18} licence: {dataset.licence}" + (f"; {dataset.note}" if dataset.note else ""))
+        print(f"{'':18} licence {dataset.terms}" + (f"; {dataset.note}" if dataset.note else ""))
     if not missing:
         again = " ".join(map(shlex.quote, options.mix))
         print(

@@ -28,7 +28,7 @@ class DataSpec:
     packing: bool = False  # samples packed into sequences; global_batch and micro_batch then count sequences
     pack_length: int = 0  # tokens of a packed sequence; 0: max_length
     workers: int = 4  # loader threads or processes a rank
-    bad_samples: int = 0  # unreadable samples that each rank may replace before the run stops
+    bad_samples: int = 0  # unreadable samples that a run may replace, over all ranks, before it stops
 
     @property
     def capacity(self) -> int:

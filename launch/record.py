@@ -205,8 +205,13 @@ class RunFolder:
 
     @property
     def data_file(self) -> Path:
-        """What the run has drawn from its data so far, as rank 0 counts it."""
+        """What the run has drawn from its data so far."""
         return self.path / "data.json"
+
+    @property
+    def replaced(self) -> Path:
+        """The folder in which the ranks note the samples they had to replace."""
+        return self.path / "replaced"
 
     @property
     def lease_file(self) -> Path:

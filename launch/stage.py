@@ -113,6 +113,7 @@ def run_stage(folder: RunFolder, place: Place, warned: Callable[[], bool], pulse
         rank=groups.rank,
         world=groups.world,
         seed=spec.seed,
+        replaced=folder.replaced,
     )
     steps = spec.train.steps or max(1, int(loader.samples * spec.train.epochs) // spec.train.global_batch)
     train = replace(spec.train, micro_batch=spec.micro_batch)

@@ -40,6 +40,7 @@ def loader(
     world: int = 1,
     seed: int = 0,
     image: ImageFormat = FORMAT,
+    replaced: Path | None = None,
 ) -> Loader:
     return Loader(
         given,
@@ -51,6 +52,7 @@ def loader(
         rank=rank,
         world=world,
         seed=seed,
+        replaced=replaced,
     )
 
 
@@ -251,6 +253,38 @@ def test_a_broken_picture_is_replaced_by_its_like(root: Path, caplog: pytest.Log
     got.load_state_dict({**got.state_dict(), "step": 10, "replaced": 2})
     with pytest.raises(DataError, match=r"3 samples cannot be used, and data\.bad_samples allows 2"):
         take(got, 10)
+
+
+def test_what_is_replaced_is_counted_over_ranks_and_attempts(root: Path) -> None:
+    for at in (4, 12, 27):
+        (root / "pictures" / f"{at:05d}.png").write_bytes(b"broken")
+    given, notes = spec(root, bad_samples=9, group_by="none"), root / "notes"
+    alone = loader(given, micro=4)
+    take(alone, 10)
+    want = alone.report()["replaced_count"]
+    assert want >= 3
+
+    def rank(number: int, world: int, **changes: Any) -> Loader:
+        asked = dataclasses.replace(given, **changes)
+        return loader(asked, micro=4 // world, rank=number, world=world, replaced=notes)
+
+    both = [rank(0, 2), rank(1, 2)]
+    for got in both:
+        take(got, 10)
+    for got in both:
+        assert got.report()["replaced_count"] == got.state_dict()["replaced"] == want
+        assert sorted(got.report()["replaced"]) == sorted(alone.report()["replaced"])
+    assert all(len(file.read_text().splitlines()) < want for file in notes.iterdir())  # neither had them all
+    # Another attempt comes by the last steps again, on another number of ranks: these are the same samples.
+    again = rank(0, 1)
+    again.load_state_dict({**again.state_dict(), "step": 3})
+    take(again, 7)
+    assert again.report()["replaced_count"] == want
+    more = rank(1, 2, bad_samples=want)
+    more.load_state_dict({**more.state_dict(), "step": 10})
+    with pytest.raises(DataError, match=rf"data\.bad_samples allows {want}"):
+        take(more, 10)
+    assert "00004.png: not a picture" in " ".join(more.report()["replaced"])
 
 
 def test_over_the_budget_the_run_stops_with_the_list(root: Path) -> None:

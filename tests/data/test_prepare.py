@@ -35,7 +35,8 @@ def test_plan_says_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "train_json/llava_image_tune_.json" in told
     assert "together                                   73.33 GB" in told
     assert "https://github.com/haotian-liu/LLaVA" in told
-    assert "licence: " in told
+    card = "https://huggingface.co/datasets/liuhaotian/LLaVA-Instruct-150K"
+    assert f"licence not verified: look it up at {card} (says CC BY 4.0" in told
     assert "hf download LanguageBind/MoE-LLaVA" in told
     assert main(["plan", "--root", str(tmp_path), "nlp"]) == 0
     assert "all files are there; next: python data/prepare.py check" in capsys.readouterr().out
