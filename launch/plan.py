@@ -12,10 +12,10 @@ from typing import Any
 from launch.identity import EVERYWHERE, digest, plain
 from launch.once import uncollected
 from launch.origin import SCHEMES, Origin, OriginError, resolve
-from launch.reader import Fault, Layers, Place, Said, SpecError
+from launch.reader import Fault, Layers, Place, Said, SpecError, shown
 from launch.record import RunFolder
 from launch.snapshot import REPOSITORY
-from launch.spec import ExperimentSpec
+from launch.spec import NAME, ExperimentSpec
 from moe.stages import STAGES
 
 EXPERIMENTS = REPOSITORY / "experiments"
@@ -140,11 +140,14 @@ def load(file: Path, overrides: Sequence[str | Said] = ()) -> Experiment:
 def _name(file: Path, spec: ExperimentSpec) -> str:
     if spec.name:
         return spec.name
-    file = file.resolve()
-    try:
-        return file.relative_to(EXPERIMENTS).with_suffix("").as_posix()
-    except ValueError:
-        return file.stem
+    path = file.resolve()
+    name = path.stem
+    if path.is_relative_to(EXPERIMENTS):
+        name = path.relative_to(EXPERIMENTS).with_suffix("").as_posix()
+    if not NAME.fullmatch(name):
+        hint = "rename it with letters, digits and _ . + -, or say name=..."
+        raise SpecError((Fault(Place(shown(file)), f"{name!r} cannot name a folder of runs", hint),))
+    return name
 
 
 @uncollected()

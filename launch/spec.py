@@ -13,6 +13,9 @@ from moe.spec import ModelSpec, MoESpec, TrainSpec
 from moe.stages import STAGES
 
 Complaint = tuple[str, str, str]
+NAME = re.compile(
+    r"\w[\w.+-]*(/\w[\w.+-]*)*"
+)  # of an experiment: a folder, a part of a job's name, a word in squeue
 
 
 class Duration(int):
@@ -154,7 +157,7 @@ class ExperimentSpec:
                 f"{path} {PLANTED}: it would stand in job scripts and run folders for others to read",
                 "keep it in a file that you alone can read, and let cluster.setup source that",
             )
-        if self.name and not re.fullmatch(r"\w[\w.+-]*(/\w[\w.+-]*)*", self.name):
+        if self.name and not NAME.fullmatch(self.name):
             yield "name", f"{self.name!r} cannot name a folder of runs", "use letters, digits and _ . + -"
         if not 0 <= self.seed < 2**32:
             yield "seed", f"{self.seed}: NumPy takes seeds from 0 to 4294967295", ""

@@ -120,6 +120,16 @@ def test_a_file_that_is_no_specification_is_not_read_to_its_end(
     assert max(map(len, said.splitlines())) < 300
 
 
+def test_a_file_whose_name_cannot_be_the_experiments_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chain.write(tmp_path)
+    file = (tmp_path / "s1.yaml").rename(tmp_path / "s|1.yaml")  # squeue's answer is split at |
+    code, said = told(capsys, str(file), "--dry-run")
+    assert (code, "s|1.yaml: error: 's|1' cannot name a folder of runs" in said) == (2, True)
+    assert told(capsys, str(file), "name=s1", "--dry-run")[0] == 0
+
+
 def test_ctrl_c_ends_it_in_words(tmp_path: Path) -> None:
     slurm = chain.fake_slurm(tmp_path / "bin")
     (slurm / "sbatch").write_text("#!/bin/sh\nkill -INT $PPID\nsleep 5\n")
