@@ -102,11 +102,10 @@ def _main(arguments: Sequence[str] | None) -> int:
         if options.explain:
             explain(plan)
             return OK
-        if faults := tuple(clashes(plan)) or tuple(unfit(plan)):
-            raise SpecError(faults)
+        faults = tuple(clashes(plan)) or tuple(unfit(plan))
         lacking, notes = without_data(plan)
-        if lacking and not options.dry_run:
-            raise SpecError(lacking)
+        if faults or (lacking and not options.dry_run):
+            raise SpecError((*faults, *lacking))
         for fault in (*lacking, *notes):
             print(f"note: {fault.message}; {fault.hint}", file=sys.stderr)
     except SpecError as error:
