@@ -96,6 +96,7 @@ def judge(calm: World, world: World, story: Any, found: list[measure.Break]) -> 
         "shape": asdict(world.shape),
         "losses": rows,
         "goodput": measure.goodput(world),
+        "rates": measure.rates(world),
         "W&B": measure.tracked(world),
         "over the bound": [f"{b.run}: {b.lost} steps after {measure.blamed(b)}" for b in over],
         "differences": differences,
@@ -109,6 +110,7 @@ def judge(calm: World, world: World, story: Any, found: list[measure.Break]) -> 
         f"runs with a difference in any bit: {len({d.split(':')[0] for d in differences})} of {len(world.folders)}; "
         f"over the bound: {len(over)}"
     )
+    print("\n".join(result["rates"]))
     for key in ("goodput", "W&B", "wrong"):
         print(f"{key}: {json.dumps(result[key])}")
     return result

@@ -128,14 +128,27 @@ def modelled(work: float, interval: float, stall: float, again: float, unwarned:
     return work / (work * (1 + stall / interval) + again + unwarned * interval / 2)
 
 
-def goodput(world: World) -> dict[str, Any]:
-    """Where the allocated time of all runs went, and what the model makes of the same saves, restarts and faults."""
+def rates(world: World) -> list[str]:
+    """Each run of the last stage beside the model, a line each: they had more and fewer faults."""
+    lines = []
+    for name, _ in world.shape.runs[-world.shape.points :]:
+        one = goodput(world, name)
+        measured, best = one["measured"], one["model's optimum"]
+        words = f"{measured:.1%}, the model's optimum {best:.1%}, {100 * (best - measured):+.2f} points"
+        lines.append(f"{name}: an attempt ended every {one['between ends of attempts']:.0f} s: {words}")
+    return lines
+
+
+def goodput(world: World, *names: str) -> dict[str, Any]:
+    """Where the allocated time of the runs, of all or these, went; and what the model makes of the same faults."""
     done = State("done")
-    costs = [ledger.of(folder, done) for folder in world.folders.values()]
+    chosen = {name: steps for name, steps in world.shape.runs if name in names or not names}
+    folders = [world.runs_of(name) for name in chosen]
+    costs = [ledger.of(folder, done) for folder in folders]
     seconds = {part: sum(cost.seconds[part] for cost in costs) for part in ledger.PARTS}
     allocated = sum(cost.allocated for cost in costs)
     saves, attempts, unwarned = 0, 0, 0
-    for folder in world.folders.values():
+    for folder in folders:
         journal = folder.journal
         saves += sum(record["event"] == "saved" for record in journal)
         attempts += len(ledger.attempts(journal))
@@ -145,7 +158,7 @@ def goodput(world: World) -> dict[str, Any]:
     stall = seconds["save"] / max(1, saves)
     again = seconds["start"] + seconds["load"] + seconds["lost"] + seconds["eval"]
     work = seconds["train"]
-    interval = world.shape.save_every * work / world.shape.total
+    interval = world.shape.save_every * work / sum(chosen.values())
     best = (2 * stall * work / unwarned) ** 0.5 if unwarned and stall else interval
     measured = work / allocated
     model, optimum = (modelled(work, every, stall, again, unwarned) for every in (interval, best))
@@ -160,7 +173,7 @@ def goodput(world: World) -> dict[str, Any]:
         "a restart": round((again - seconds["eval"]) / max(1, attempts), 2),
         "an interval": round(interval, 2),
         "the best interval": round(best, 2),
-        "between ends of attempts": round(allocated / max(1, attempts - len(world.folders)), 1),
+        "between ends of attempts": round(allocated / max(1, attempts - len(folders)), 1),
         "attempts": attempts,
         "ended without a save": unwarned,
     }
