@@ -6,7 +6,6 @@ number of GPUs and still be the same run.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 from functools import cache
@@ -51,7 +50,7 @@ def plain(spec: Any) -> Any:
     """A spec as JSON values; durations as they are written."""
     if type(spec) in SCALARS:
         return spec
-    if dataclasses.is_dataclass(spec):
+    if hasattr(type(spec), "__dataclass_fields__"):  # as dataclasses.is_dataclass, which takes five times as long
         return _plain(spec)
     if isinstance(spec, dict):
         return {key: plain(value) for key, value in spec.items()}
