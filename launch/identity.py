@@ -50,7 +50,9 @@ def plain(spec: Any) -> Any:
     """A spec as JSON values; durations as they are written."""
     if type(spec) in SCALARS:
         return spec
-    if hasattr(type(spec), "__dataclass_fields__"):  # as dataclasses.is_dataclass, which takes five times as long
+    if hasattr(
+        type(spec), "__dataclass_fields__"
+    ):  # as dataclasses.is_dataclass, which takes five times as long
         return _plain(spec)
     if isinstance(spec, dict):
         return {key: plain(value) for key, value in spec.items()}
