@@ -133,7 +133,8 @@ def _finish(one: Run, stage: StagePlan, code: Path, interrupts: Interrupts) -> N
                 prepare(batch, code, [one.name] if one.folder.made else ())
                 one.folder.make()
                 executor = LocalExecutor(
-                    folder=batch.folder / "slurm", python=one.spec.cluster.python or sys.executable
+                    folder=batch.folder / "slurm",
+                    python=shlex.quote(one.spec.cluster.python or sys.executable),
                 )
                 executor.update_parameters(
                     tasks_per_node=one.spec.gpus,

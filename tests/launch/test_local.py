@@ -106,9 +106,13 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(
 
 
 def test_ctrl_c_while_the_ranks_load_ends_them_at_once(
-    start: Callable[..., subprocess.Popen[str]], folder: RunFolder
+    start: Callable[..., subprocess.Popen[str]], folder: RunFolder, tmp_path: Path
 ) -> None:
-    first = start()
+    python = tmp_path / "a b" / "python"  # a path with a blank is a path
+    python.parent.mkdir()
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    first = start(f"cluster.python={python}")
     until(lambda: "pid" in (batch_of(folder) or ({}, 0))[0])
     batch = batch_of(folder)
     assert batch is not None
