@@ -9,7 +9,7 @@ lose the sample.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -190,7 +190,8 @@ def _encoded(ids: list[int], spans: Sequence[Span], token_at: Callable[[int], in
 def prompt(conversations: Conversation, tokenizer: Any, template: str, has_image: bool = True) -> list[int]:
     """Ids that end where the assistant's next answer starts; answers after the last question are dropped."""
     chosen = named(template)
-    last = max((i for i, turn in enumerate(conversations) if turn.get("from") == "human"), default=-1)
+    asked = [isinstance(turn, Mapping) and turn.get("from") == "human" for turn in conversations or []]
+    last = max((place for place, human in enumerate(asked) if human), default=-1)
     if last < 0:
         raise ConversationError("the conversation has no human turn, so there is nothing to answer")
     text, _ = render(conversations[: last + 1], tokenizer, chosen, has_image, ask=True)

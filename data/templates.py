@@ -80,7 +80,7 @@ def render(
 
 
 def _turn(turn: Mapping[str, str], number: int, has_image: bool) -> tuple[str, str]:
-    role, text = turn.get("from"), turn.get("value")
+    role, text = (turn.get("from"), turn.get("value")) if isinstance(turn, Mapping) else (None, None)
     if not isinstance(role, str) or not isinstance(text, str):
         raise ConversationError(f"turn {number} needs 'from' and a text in 'value'")
     if not is_text(text):

@@ -71,8 +71,9 @@ def test_a_prompt_drops_the_answer_to_come() -> None:
     assert prompt(talk("<image>\nWhat?", "A dog.", "Why?", "Because."), tok, "phi") == asked
     whole = encode(talk("<image>\nWhat?", "A dog.", "Why?", "Because."), tok, "phi").input_ids
     assert whole[: len(asked)] == asked
-    with pytest.raises(ConversationError, match="no human turn"):
-        prompt([{"from": "gpt", "value": "Hello"}], tok, "phi")
+    for nothing in ([{"from": "gpt", "value": "Hello"}], ["Hello"], None):
+        with pytest.raises(ConversationError, match="no human turn"):
+            prompt(nothing, tok, "phi")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -81,6 +82,7 @@ def test_a_prompt_drops_the_answer_to_come() -> None:
         ([], "v1", "the conversation is empty"),
         (talk("a", "b"), "v9", "no template is called 'v9'; there are plain, phi"),
         ([{"from": "human"}], "v1", "turn 1 needs 'from' and a text"),
+        (["a", "b"], "v1", "turn 1 needs 'from' and a text"),
         ([{"from": "system", "value": "x"}], "v1", "turn 1 is from 'system'; it must be from human or gpt"),
         ([{"from": "human", "value": "x"}] * 2, "v1", "human speaks twice in a row"),
         (talk("<video> and <video>", "b"), "v1", "turn 1 has more than one <video>"),
