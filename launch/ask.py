@@ -41,8 +41,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     given = parser.parse_intermixed_args(arguments)  # options may stand before the question
     try:
-        if missing := [str(image) for image in given.image if not image.is_file()]:
-            raise ValueError(f"{', '.join(missing)}: there is no such file")  # before a large model is loaded
+        for image in given.image:  # before a large model is loaded
+            if not image.is_file():
+                what = "this is a folder, not a picture" if image.is_dir() else "there is no such file"
+                raise ValueError(f"{image}: {what}")
         given.checkpoint = newest(given.checkpoint)
         return _converse(given)
     except (ValueError, RuntimeError, OSError) as wrong:
