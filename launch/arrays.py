@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launch import cluster
+from launch.files import read_json
 from launch.plan import Run
-from launch.record import read_json
 
 TOO_LARGE = re.compile(r"invalid job array specification", re.IGNORECASE)
 TOO_MANY = re.compile(r"MaxSubmitJob|job submit limit", re.IGNORECASE)

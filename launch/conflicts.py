@@ -13,12 +13,12 @@ from data.catalog import CatalogError, annotation_path, resolve
 from launch.batches import Batches, Entry
 from launch.cluster import Job, SlurmError, environment, jobs
 from launch.faults import Fault
+from launch.files import read_json
 from launch.handoff import HandoffError, check, read
 from launch.identity import identity_of
 from launch.operating.status import OPEN, judge
 from launch.operating.survey import Facts, there
 from launch.plan import Plan, Run, StagePlan
-from launch.record import read_json
 
 
 def clashes(plan: Plan, jobs: Callable[[], Mapping[str, Job]] = jobs) -> Iterator[Fault]:

@@ -13,7 +13,8 @@ import torch.distributed as dist
 from data import images
 from data.conversation import prompt
 from data.loader import held_out
-from launch.record import RunFolder, write_json
+from launch.files import write_json
+from launch.record import RunFolder
 from launch.routing import routing
 from launch.spec import ExperimentSpec
 from moe.generate import answer

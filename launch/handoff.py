@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from launch.record import RunFolder, read_json, write_json
+from launch.files import read_json, write_json
+from launch.record import RunFolder
 from moe.storage import CheckpointError, describe, faults
 
 

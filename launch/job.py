@@ -19,8 +19,9 @@ from typing import Any
 
 from launch import caches
 from launch.batches import entry_of
+from launch.files import read_json, write_json
 from launch.preemption import Preemption
-from launch.record import RunFolder, of_element, read_json, write_json
+from launch.record import RunFolder, of_element
 from launch.recovery.causes import kind
 from launch.recovery.pulse import Pulse
 from launch.recovery.watch import DUMP, Limits

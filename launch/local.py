@@ -19,10 +19,11 @@ from types import FrameType
 import submitit
 from submitit.local.local import start_controller
 
+from launch.files import write_json
 from launch.operating.status import alive, batch_of, children, started, state_of
 from launch.plan import Plan, Run, StagePlan, runs_folder
 from launch.progress import Progress
-from launch.record import RunFolder, write_json
+from launch.record import RunFolder
 from launch.recovery.findings import Finding, comes_back, first_line, held, of_attempt
 from launch.recovery.pulse import beats
 from launch.recovery.watch import DUMP, Limits, Watch, note

@@ -23,8 +23,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from launch.files import read_json, write_json
 from launch.handoff import HandoffError, check, digest_of
-from launch.record import RunFolder, read_json, write_json
+from launch.record import RunFolder
 from launch.snapshot import REPOSITORY
 
 SCHEMES = ("wandb:", "hub:")

@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import TCPStore
 
+from launch.files import read_json, write_json
 from launch.job import Place
-from launch.record import read_json, write_json
 
 
 class RendezvousError(RuntimeError):

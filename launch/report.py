@@ -6,9 +6,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from launch.files import read_json, read_lines
 from launch.plan import Plan, Run
 from launch.progress import span
-from launch.record import RunFolder, read_json, read_lines
+from launch.record import RunFolder
 
 ANSWERS = 3  # shown, of different kinds where there are as many
 

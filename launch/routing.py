@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from launch.record import RunFolder, write_json
+from launch.files import write_json
+from launch.record import RunFolder
 from moe.parallel import Groups
 from moe.pictures import draw, shares
 

@@ -16,7 +16,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch.record import newest_records
+from launch.files import newest_records
 
 EVERY_SECONDS = 15.0
 FRESH_SECONDS = 90.0  # an older sample says nothing of now

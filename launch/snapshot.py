@@ -8,7 +8,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
-from launch.record import sync_folder, write_json
+from launch.files import sync_folder, write_json
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGES = ("launch", "moe", "data")

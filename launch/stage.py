@@ -16,13 +16,14 @@ from data.images import ImageFormat
 from data.loader import Loader, texts
 from launch import handoff, sampler, tracking
 from launch.evaluate import evaluate
+from launch.files import read_json, write_json
 from launch.identity import plain
 from launch.job import Place
 from launch.meter import Meter
 from launch.online.orders import Orders
 from launch.preemption import Preemption
 from launch.reader import Layers
-from launch.record import RunFolder, read_json, write_json
+from launch.record import RunFolder
 from launch.recovery.deadline import Deadline
 from launch.recovery.pulse import Pulse
 from launch.rendezvous import meet

@@ -23,11 +23,11 @@ from pathlib import Path
 
 from launch import arrays, batches, cluster, script
 from launch.batches import Batches
+from launch.files import append_line, flush_all, read_json, sync_folder, write_json, write_text
 from launch.once import uncollected
 from launch.operating.status import OPEN, State, judge
 from launch.operating.survey import read_all
 from launch.plan import Plan, Run, StagePlan, runs_folder
-from launch.record import append_line, flush_all, read_json, sync_folder, write_json, write_text
 from launch.recovery import avoid, limbo
 
 # What sbatch says when it has not heard, rather than been refused.

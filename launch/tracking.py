@@ -21,9 +21,9 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from launch.files import append_line, write_json
 from launch.metrics import JsonlTracker, NoTracker
 from launch.online.reach import ORDERS
-from launch.record import append_line, write_json
 from launch.redact import environment_secrets, redact, redact_text, secret_name
 from launch.spec import WandbSpec
 

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from launch.exits import FAILED, OK
+from launch.files import read_json
 from launch.operating.logs import complain
 from launch.operating.show import Line, look
 from launch.page.facts import chain
-from launch.record import RunFolder, read_json
+from launch.record import RunFolder
 from launch.snapshot import REPOSITORY
 
 SECONDS = 300

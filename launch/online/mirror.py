@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from launch import sampler
+from launch.files import read_json, read_lines, write_json
 from launch.metrics import Reader
 from launch.online import orders
 from launch.online import session as client
@@ -25,7 +26,7 @@ from launch.online.reach import Lock, account, reachable
 from launch.online.sync import delivered
 from launch.operating import ledger
 from launch.operating.status import State
-from launch.record import RunFolder, read_json, read_lines, write_json
+from launch.record import RunFolder
 
 TICK_SECONDS = 1.0
 BEAT_SECONDS = 5.0

@@ -10,8 +10,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 
+from launch.files import read_json, write_json
 from launch.metrics import NoTracker
-from launch.record import RunFolder, read_json, write_json
+from launch.record import RunFolder
 
 EVENTS = {"stop-after-save": "cancelled", "requeue": "requeued"}  # the first that is asked for counts
 KEPT = "wandb/orders.json"

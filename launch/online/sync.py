@@ -17,10 +17,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from launch.files import read_json, read_lines, write_json
 from launch.metrics import rows
 from launch.online import segments
 from launch.online.reach import Lock, account, reachable
-from launch.record import read_json, read_lines, write_json
 
 COMMAND = (sys.executable, "-m", "launch.online.sync")
 SEND_SECONDS = 1800  # for one file; wandb itself would try for hours

@@ -14,12 +14,12 @@ from pathlib import Path
 
 from launch.cluster import SlurmError
 from launch.exits import NO_SLURM, OK
+from launch.files import write_text
 from launch.operating import preset, settings
 from launch.operating.consequences import Fact, facts
 from launch.operating.ledger import brief
 from launch.operating.logs import complain
 from launch.operating.settings import Partition, Site
-from launch.record import write_text
 from launch.recovery.margins import saves
 from launch.snapshot import REPOSITORY
 

@@ -16,13 +16,14 @@ from typing import Any
 
 from launch import cluster
 from launch.exits import OK
+from launch.files import read_json
 from launch.operating.address import name
 from launch.operating.history import Sight, end_of, events, first
 from launch.operating.ledger import brief
 from launch.operating.reasons import ENDS, VERDICTS, waiting
 from launch.operating.show import look
 from launch.operating.status import State, batch_of, job_of, label, state_of
-from launch.record import RunFolder, read_json
+from launch.record import RunFolder
 from launch.recovery.findings import failures_of
 from launch.spec import Duration
 

@@ -15,8 +15,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from launch.files import read_lines
 from launch.operating.status import State
-from launch.record import RunFolder, read_lines
+from launch.record import RunFolder
 
 ALLOCATED = ("start", "load", "train", "replay", "save", "eval", "lost")
 PARTS = ("queue", *ALLOCATED)

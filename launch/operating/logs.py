@@ -13,9 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launch.exits import OK, USAGE
+from launch.files import read_json
 from launch.operating.address import name
 from launch.operating.status import batch_of
-from launch.record import RunFolder, read_json
+from launch.record import RunFolder
 
 
 class NoLog(LookupError):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from launch import cluster
 from launch.cluster import Job
-from launch.record import read_json, write_json
+from launch.files import read_json, write_json
 
 
 def jobs(root: Path, age: float) -> Mapping[str, Job]:

@@ -11,8 +11,9 @@ from typing import Any
 
 from launch.batches import Batches
 from launch.cluster import ACTIVE, Job, array_of
+from launch.files import read_json
 from launch.operating.survey import Facts
-from launch.record import RunFolder, read_json
+from launch.record import RunFolder
 
 OPEN = ("running", "queued", "waiting")  # an attempt is there or will be, without anyone's help
 BROKEN = ("failed", "cancelled", "stopped", "blocked")  # none is there, and none will be without help

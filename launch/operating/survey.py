@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from launch.batches import Batches, Entry
+from launch.files import newest_lines, newest_records, read_json
 from launch.once import uncollected
-from launch.record import RunFolder, newest_lines, newest_records, read_json
+from launch.record import RunFolder
 
 KEPT = ".survey.json"
 VERSION = 2  # of Facts and the file

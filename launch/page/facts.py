@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from launch.files import read_json
 from launch.metrics import loads, rows
 from launch.operating import ledger
 from launch.operating.reasons import VERDICTS
 from launch.operating.show import Line
-from launch.record import RunFolder, read_json
+from launch.record import RunFolder
 from launch.redact import redact
 
 CELLS = 160  # a curve's bins at most; at least half as many once there are more steps

@@ -8,11 +8,11 @@ from html import escape
 from itertools import pairwise
 from pathlib import Path
 
+from launch.files import read_json
 from launch.operating.ledger import PARTS, brief
 from launch.page.chart import BOUNDS, Series, curve, heat, plain, stack
 from launch.page.embed import picture
 from launch.page.facts import Point, Story, Try
-from launch.record import read_json
 
 # (title, name in metrics.jsonl, unit, whether the axis starts at 0)
 PANELS = (

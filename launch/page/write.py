@@ -14,13 +14,14 @@ from html import escape
 from pathlib import Path
 
 from launch.exits import FAILED, OK
+from launch.files import write_text
 from launch.operating.ledger import brief
 from launch.operating.logs import complain
 from launch.operating.show import look
 from launch.page import answers, parts
 from launch.page.facts import Story, chain, story
 from launch.page.style import sheet
-from launch.record import RunFolder, write_text
+from launch.record import RunFolder
 
 SECTIONS = (
     ("Lineage", parts.lineage),

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launch import cluster
+from launch.files import append_line, read_lines
 from launch.operating.ledger import brief
-from launch.record import RunFolder, append_line, read_lines
+from launch.record import RunFolder
 from launch.recovery.causes import CAUSES
 from launch.recovery.findings import Finding
 

@@ -18,10 +18,11 @@ from dataclasses import asdict, dataclass
 
 from launch import handoff
 from launch.exits import FAILED, INTERRUPTED, OK, USAGE
+from launch.files import read_lines
 from launch.operating.logs import complain
 from launch.plan import Plan, Run, make, runs_folder
 from launch.reader import SpecError
-from launch.record import RunFolder, read_lines
+from launch.record import RunFolder
 from launch.recovery.hands import KINDS, Hands, Kind, LocalHands, SlurmHands
 from launch.snapshot import REPOSITORY
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from launch.record import RunFolder, newest_lines, read_json
+from launch.files import newest_lines, read_json
+from launch.record import RunFolder
 from launch.recovery.causes import CAUSES, OUT_OF_MEMORY, TOGETHER
 from launch.recovery.pulse import beats
 

@@ -18,7 +18,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from launch import cluster
-from launch.record import RunFolder, read_json
+from launch.files import read_json
+from launch.record import RunFolder
 from launch.recovery import avoid
 from launch.recovery.findings import Finding
 

@@ -16,7 +16,8 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from launch import cluster
-from launch.record import RunFolder, read_json, write_json
+from launch.files import read_json, write_json
+from launch.record import RunFolder
 
 
 def place_of(batch: Path, element: str) -> Path:

@@ -19,8 +19,9 @@ from pathlib import Path
 
 from launch import cluster
 from launch.batches import entry_of
+from launch.files import write_json
 from launch.operating.status import children
-from launch.record import RunFolder, of_element, write_json
+from launch.record import RunFolder, of_element
 from launch.recovery import limbo, successor
 from launch.recovery.pulse import Beat, beats
 from launch.spec import Duration

@@ -21,7 +21,7 @@ from pathlib import Path
 import submitit
 
 from launch import plan, script
-from launch.record import write_json
+from launch.files import write_json
 from tests.bench.recovery_toy import EVERY, STEP, STEPS, BySubmitit
 from tests.launch import chain
 from tests.slurm.cluster import PrivateSlurm, SlurmError

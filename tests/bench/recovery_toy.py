@@ -18,8 +18,9 @@ from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 
+from launch.files import read_json, write_json
 from launch.preemption import Preemption
-from launch.record import RunFolder, read_json, write_json
+from launch.record import RunFolder
 
 STEPS, STEP, EVERY, RANKS = 240, 0.2, 20, 2
 

@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from launch.files import read_lines
 from launch.operating import ledger
 from launch.operating.status import State
-from launch.record import RunFolder, read_lines
+from launch.record import RunFolder
 from tests.chaos.drive import Event, Story
 from tests.chaos.world import World, outcome
 

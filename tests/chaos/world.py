@@ -19,8 +19,9 @@ from pathlib import Path
 from launch.cluster import Job as Queued
 from launch.cluster import SlurmError as Unreachable
 from launch.cluster import jobs as queue_of
+from launch.files import read_json, read_lines
 from launch.operating.status import State, state_of
-from launch.record import RunFolder, read_json, read_lines
+from launch.record import RunFolder
 from tests.slurm.cluster import PrivateSlurm
 from tests.wandb_server import WandbServer
 

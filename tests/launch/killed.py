@@ -20,8 +20,9 @@ from typing import Any
 from launch import cli, snapshot, submission
 from launch.batches import entry_of
 from launch.cluster import Job
+from launch.files import read_json
 from launch.operating.status import state_of
-from launch.record import find_runs, of_element, read_json
+from launch.record import find_runs, of_element
 from tests.launch import chain
 
 SPEC = "sweep: {train.optim.lr: [1e-5, 2e-5]}\n"

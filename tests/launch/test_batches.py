@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 
 from launch import batches, cli
 from launch.batches import Batches, entry_of
+from launch.files import read_json, write_json
 from launch.operating import verbs
-from launch.record import RunFolder, find_runs, of_element, read_json, write_json
+from launch.record import RunFolder, find_runs, of_element
 from tests.launch import chain
 from tests.launch.killed import run as run_and_kill
 

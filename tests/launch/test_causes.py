@@ -10,10 +10,11 @@ import pytest
 
 from launch.batches import Batches
 from launch.cluster import Job
+from launch.files import append_line, read_lines, write_json
 from launch.operating.reasons import VERDICTS
 from launch.operating.status import judge
 from launch.operating.survey import Facts
-from launch.record import RunFolder, append_line, read_lines, write_json
+from launch.record import RunFolder
 from launch.recovery import avoid
 from launch.recovery.causes import CAUSES, TOGETHER, kind
 from launch.recovery.findings import Finding, comes_back, delay, held, of_attempt

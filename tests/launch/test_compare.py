@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from launch.files import write_json
 from launch.identity import FREE, plain
 from launch.operating import compare
 from launch.plan import load, make
-from launch.record import write_json
 from tests.launch import chain
 
 ROOT = Path(__file__).resolve().parents[2]

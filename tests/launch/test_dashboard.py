@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from launch.files import write_json
 from launch.operating.verbs import main
-from launch.record import RunFolder, write_json
+from launch.record import RunFolder
 from tests.launch import tracked
 from tests.launch.told import digest, experiments
 from tests.wandb_server import Fault, WandbServer

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from launch import cluster
+from launch.files import read_json, write_json
 from launch.operating.settings import Partition, Site
-from launch.record import RunFolder, read_json, write_json
+from launch.record import RunFolder
 from launch.recovery.deadline import MARGIN, SLACK, Deadline, needed, save_seconds
 from launch.recovery.margins import saves
 from launch.recovery.successor import moved, place_of, submit, take_over

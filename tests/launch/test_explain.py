@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 
 from launch import cluster
+from launch.files import append_line, write_json
 from launch.operating import explain
 from launch.operating.status import state_of
-from launch.record import RunFolder, append_line, write_json
+from launch.record import RunFolder
 
 NOW = 1_700_000_000.0
 MINUTE, HOUR = 60.0, 3600.0

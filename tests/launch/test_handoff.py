@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from launch import cli, handoff
+from launch.files import read_json, write_json
 from launch.handoff import HandoffError
 from launch.plan import make
-from launch.record import RunFolder, read_json, write_json
+from launch.record import RunFolder
 from moe import storage
 from tests.launch import chain
 

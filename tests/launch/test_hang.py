@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from launch.record import RunFolder, read_lines
+from launch.files import read_lines
+from launch.record import RunFolder
 from launch.recovery.pulse import beats
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.record import read_json
+from launch.files import read_json
 from tests.launch import chain
 from tests.launch.test_submission import sent, submit
 

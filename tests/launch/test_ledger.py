@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from launch.files import append_line, write_json
 from launch.operating import ledger
 from launch.operating.ledger import Row
 from launch.operating.status import State
-from launch.record import RunFolder, append_line, write_json
+from launch.record import RunFolder
 
 # Asked for at 1, SLURM starts it at 100, its ranks at 110, the first step at 140. Steps take 10 s, every fifth is
 # saved, which holds up the step after it by 4 s. Killed at 250 after step 10; noticed at 300. Again at 400 from

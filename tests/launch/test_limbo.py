@@ -8,9 +8,10 @@ import pytest
 
 from launch.batches import Batches
 from launch.cluster import Job
+from launch.files import write_json
 from launch.operating.status import judge
 from launch.operating.survey import Facts
-from launch.record import RunFolder, write_json
+from launch.record import RunFolder
 from launch.recovery import limbo
 
 

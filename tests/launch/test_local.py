@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from launch.files import read_lines
 from launch.operating.status import alive, batch_of
-from launch.record import RunFolder, read_lines
+from launch.record import RunFolder
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 60

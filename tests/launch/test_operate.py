@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from launch.files import write_json
 from launch.operating import verbs
-from launch.record import RunFolder, write_json
+from launch.record import RunFolder
 from tests.launch import chain
 
 ROOT = Path(__file__).resolve().parents[2]

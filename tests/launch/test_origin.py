@@ -11,13 +11,14 @@ import pytest
 import torch
 
 from launch import handoff, origin
+from launch.files import read_json, write_json
 from launch.handoff import HandoffError
 from launch.identity import plain
 from launch.operating.again import _read
 from launch.origin import Origin, OriginError
 from launch.plan import make
 from launch.reader import SpecError
-from launch.record import RunFolder, find_runs, read_json, write_json
+from launch.record import RunFolder, find_runs
 from moe import storage
 from moe.adapters import InterchangeError
 from moe.interchange import export_hf

@@ -13,11 +13,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from launch.files import write_json
 from launch.operating.verbs import main
 from launch.page import chart
 from launch.page.facts import CELLS, Curves
 from launch.page.style import THEMES, sheet
-from launch.record import RunFolder, write_json
+from launch.record import RunFolder
 from tests.browser import Browser, browser
 from tests.launch.told import BEGAN, digest, experiments
 

@@ -10,10 +10,10 @@ import pytest
 
 from launch import identity
 from launch.conflicts import clashes
+from launch.files import write_json
 from launch.identity import plain
 from launch.plan import make
 from launch.reader import SpecError
-from launch.record import write_json
 from tests.launch import chain
 
 SWEEP = "sweep: {train.optim.lr: [1e-5, 2e-5]}\n"

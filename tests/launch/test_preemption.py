@@ -12,10 +12,11 @@ import pytest
 
 from data.spec import DataSpec
 from launch import preemption
+from launch.files import write_json
 from launch.identity import plain
 from launch.job import Place
 from launch.preemption import Preemption
-from launch.record import RunFolder, write_json
+from launch.record import RunFolder
 from launch.recovery.pulse import Pulse
 from launch.spec import ExperimentSpec
 

@@ -10,7 +10,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from launch.record import RunFolder, find_runs, read_json, write_json
+from launch.files import read_json, write_json
+from launch.record import RunFolder, find_runs
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from launch.files import read_json, write_json
 from launch.job import Place
-from launch.record import read_json, write_json
 from launch.rendezvous import RendezvousError, meet
 from tests.ranks import ranks
 

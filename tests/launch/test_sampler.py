@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from launch import sampler
-from launch.record import read_lines
+from launch.files import read_lines
 from tests.launch.tracked import ROOT, wait
 
 SMI = """#!/bin/sh

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from launch.files import newest_lines, write_json
 from launch.operating import survey
 from launch.operating.survey import Facts
-from launch.record import RunFolder, find_runs, newest_lines, write_json
+from launch.record import RunFolder, find_runs
 
 
 def sweep(root: Path, count: int) -> list[RunFolder]:

@@ -14,6 +14,7 @@ import deepspeed  # noqa: F401  before ranks are forked: each would import it an
 import pytest
 
 from launch import tracking
+from launch.files import write_json
 from launch.identity import plain
 from launch.job import Place
 from launch.metrics import NoTracker
@@ -21,7 +22,7 @@ from launch.online.orders import Orders
 from launch.operating.status import state_of
 from launch.operating.verbs import main
 from launch.plan import EXPERIMENTS, Run, make
-from launch.record import RunFolder, write_json
+from launch.record import RunFolder
 from launch.recovery.findings import comes_back, of_attempt
 from launch.recovery.pulse import Pulse
 from launch.stage import run_stage

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from launch import verdict
-from launch.record import RunFolder, write_json, write_text
+from launch.files import write_json, write_text
+from launch.record import RunFolder
 from launch.recovery.findings import Finding, comes_back, of_attempt
 
 

@@ -10,10 +10,11 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
+from launch.files import append_line, write_json
 from launch.identity import plain
 from launch.metrics import JsonlTracker
 from launch.plan import load
-from launch.record import RunFolder, append_line, write_json
+from launch.record import RunFolder
 from tests.launch.chain import write
 
 BEGAN = 1_790_000_000.0

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from launch.record import RunFolder, append_line, write_json
+from launch.files import append_line, write_json
+from launch.record import RunFolder
 from tests.launch import chain
 from tests.slurm.cluster import PrivateSlurm
 

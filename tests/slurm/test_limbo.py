@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from launch import cluster
-from launch.record import append_line, read_lines
+from launch.files import append_line, read_lines
 from launch.recovery import avoid, limbo
 from tests.slurm.cluster import PrivateSlurm
 from tests.slurm.test_recovery import Submitted

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from launch.record import RunFolder, write_json
+from launch.files import write_json
+from launch.record import RunFolder
 from tests.slurm.cluster import PrivateSlurm
 
 pytestmark = pytest.mark.slurm

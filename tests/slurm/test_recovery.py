@@ -14,8 +14,9 @@ from typing import Any
 
 import pytest
 
+from launch.files import read_lines, write_json
 from launch.identity import plain
-from launch.record import RunFolder, read_lines, write_json
+from launch.record import RunFolder
 from launch.script import script
 from launch.spec import ClusterSpec, Duration, ExperimentSpec
 from tests.slurm.cluster import PrivateSlurm

@@ -15,7 +15,8 @@ from typing import Any
 
 import pytest
 
-from launch.record import RunFolder, read_lines
+from launch.files import read_lines
+from launch.record import RunFolder
 from tests.slurm.cluster import PrivateSlurm
 
 ROOT = Path(__file__).resolve().parents[2]
