@@ -588,7 +588,7 @@ def test_a_mirror_that_fails_is_reported_at_the_end(
 def test_a_journal_that_cannot_be_counted_keeps_no_row_back(folder: Path) -> None:
     (folder / "wandb").mkdir(parents=True)
     (folder / "wandb" / "attempt_1.json").write_text('{"id": "x"}')
-    (folder / "attempts.jsonl").write_text('{"time": 1.0}\n')
+    (folder / "attempts.jsonl").write_text('{"event": "start", "time": 1.0, "attempt": "1", "step": "x"}\n')
     seen = mirror.Mirror(folder, 1)
     assert seen.spent() == {}
     assert "goodput cannot be counted" in seen.state["note"]
