@@ -197,6 +197,21 @@ def _limits(site: Site, partition: Partition) -> Iterator[Fact]:
     yield Fact(
         "MaxJobCount", str(jobs), "ok", "all users' jobs together; every element of an array counts as one"
     )
+    words = site.parameters()
+    depth, planned = words.get("default_queue_depth", "100"), words.get("bf_max_job_array_resv", "20")
+    yield Fact(
+        "default_queue_depth",
+        depth,
+        "ok",
+        f"SLURM looks at {depth} jobs when one ends, and each run of a sweep is a job of its own: hundreds of runs of "
+        "seconds press it, so give each more steps, or throttle the sweep",
+    )
+    yield Fact(
+        "bf_max_job_array_resv",
+        planned,
+        "ok",
+        f"a sweep's runs start in its order, and backfill plans ahead for the first {planned}: name the longest first",
+    )
     for row in site.associations:
         where = row.get("Account", "") + (f" on {row['Partition']}" if row.get("Partition") else "")
         for key, what in (("MaxSubmit", "in the queue"), ("MaxJobs", "running")):

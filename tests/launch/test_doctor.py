@@ -77,6 +77,8 @@ def facts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Facts]:
         ("24.05", "kill_invalid_depend", "yes", "ok", "jobs ask for that themselves"),
         ("24.05", "max_depend_depth", "2", "warn", "three stages"),
         ("24.05", "MaxArraySize", "10001", "ok", "up to 10000"),
+        ("24.05", "default_queue_depth", "500", "ok", "each run of a sweep is a job of its own"),
+        ("24.05", "bf_max_job_array_resv", "20", "ok", "name the longest first"),
         ("24.05", "MaxSubmit of vision", "500", "note", "every run of a sweep is one"),
         ("24.05", "MaxJobs of vision", "20", "note", "20 jobs running"),
         ("24.05", "GrpTRES of vision", "gres/gpu=64", "note", "AssocGrp"),
