@@ -13,7 +13,10 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from pathlib import Path
 from typing import Any
+
+from launch.files import read_json
 
 VERSION = 2  # of plan.json; in version 1 each run's folder was made before its job was submitted
 
@@ -159,12 +162,7 @@ def _kept(path: str, mtime: int, size: int) -> dict[str, Any]:
 
 
 def _read(path: str) -> dict[str, Any]:
-    try:
-        with open(path, encoding="utf-8") as file:
-            value = json.load(file)
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
+    return read_json(Path(path)) or {}
 
 
 def text(

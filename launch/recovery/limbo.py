@@ -25,15 +25,8 @@ from launch.recovery.findings import Finding
 
 LOST = re.compile(r"launch.failed.requeued.held|JobHoldMaxRequeue", re.IGNORECASE)
 EVERY = 60.0  # seconds between two looks at the jobs of one folder of runs
-WAITS = (
-    0.0,
-    60.0,
-    120.0,
-    300.0,
-    900.0,
-    1800.0,
-    3600.0,
-)  # before the first release, the second, ...; no eighth
+# Seconds before the first release, the second, ...; there is no eighth.
+WAITS = (0.0, 60.0, 120.0, 300.0, 900.0, 1800.0, 3600.0)
 LOOKED = ".looked"
 MOST = 5  # MAX_BATCH_REQUEUE of SLURM's source; newer versions have it among their settings
 
