@@ -13,13 +13,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 try:
     import simplejpeg
 except ImportError:
     simplejpeg = None
 
+_bicubic = torch.ops.aten._upsample_bicubic2d_aa.out  # F.interpolate's own, into memory that is there
 KINDS = ("YCbCr", "Gray")  # JPEGs that Pillow and libjpeg-turbo turn into RGB alike; CMYK is not one
 _scratch = threading.local()  # each thread's canvases: fresh megabytes cost as much as scaling them
 
@@ -55,37 +55,47 @@ def squared(picture: Decoded, background: tuple[int, int, int], out: np.ndarray)
     side = max(width, height)
     top, left = (side - height) // 2, (side - width) // 2
     # A square of the background needs no scaling beyond the reach of the picture's edges.
-    rows, columns = _part(side, size, top, top + height), _part(side, size, left, left + width)
-    canvas = _canvas("canvas", rows.stop - rows.start, columns.stop - columns.start)
-    top, left = top - rows.start, left - columns.start
-    lines = canvas.reshape(len(canvas), -1)  # whole lines are filled twenty times as fast as pixels
-    line = _line(background, canvas.shape[1])
+    rows, high = _part(side, size, top, top + height)
+    columns, wide = _part(side, size, left, left + width)
+    canvas = _canvas("canvas", height, columns.stop - columns.start)
     if width < canvas.shape[1]:
         own = _canvas("picture", height, width)
         picture.into(own)
-        lines[:, : 3 * left] = line[: 3 * left]
+        left -= columns.start
+        lines, line = canvas.reshape(height, -1), _line(background, canvas.shape[1])
+        lines[:, : 3 * left] = line[: 3 * left]  # whole lines are filled twenty times as fast as pixels
         lines[:, 3 * (left + width) :] = line[3 * (left + width) :]
         canvas[:, left : left + width] = own
     else:
-        picture.into(canvas[top : top + height])
-        lines[:top] = lines[top + height :] = line
-    high, wide = (slice(part.start * size // side, part.stop * size // side) for part in (rows, columns))
+        picture.into(canvas)
+    narrow = _canvas("narrow", rows.stop - rows.start, wide.stop - wide.start)
+    top -= rows.start
+    # Background scaled in a line is background: only the picture's lines go through the kernel.
+    lines, line = narrow.reshape(len(narrow), -1), _line(background, narrow.shape[1])
+    lines[:top] = lines[top + height :] = line
+    _scale(canvas, narrow[top : top + height], across=size / side)
     margins, line = out.reshape(size, -1), _line(background, size)
     margins[: high.start] = margins[high.stop :] = line
+    if width == side:
+        _scale(narrow, out[high], down=size / side)
+        return
     margins[:, : 3 * wide.start] = line[: 3 * wide.start]
     margins[:, 3 * wide.stop :] = line[3 * wide.stop :]
-    out[high, wide] = _scaled(canvas, high.stop - high.start, wide.stop - wide.start)
+    scaled = _canvas("scaled", size, narrow.shape[1])
+    _scale(narrow, scaled)
+    out[:, wide] = scaled
 
 
-def _part(length: int, new: int, first: int, last: int) -> slice:
-    """The least part of `length` places, with first:last in it, that can be scaled by itself.
+def _part(length: int, new: int, first: int, last: int) -> tuple[slice, slice]:
+    """The least part of `length` places, with first:last in it, that can be scaled by itself, and where it goes.
 
-    It reaches as far as the kernel does, and its ends are where a place of `length` and one of `new` both begin.
+    It reaches as far as the kernel does, and begins where a place of `length` and one of `new` both do.
     """
     step = length // math.gcd(length, new)
     reach = 2 * max(1, -(-length // new)) + 2  # bicubic: two places of the coarser grid
-    start, stop = (first - reach) // step * step, -(-(last + reach) // step) * step
-    return slice(max(0, start), min(length, stop))
+    start = max(0, (first - reach) // step * step)
+    end = min(new, -(-(last + reach) * new // length))
+    return slice(start, min(length, -(-end * length // new) + reach)), slice(start * new // length, end)
 
 
 def cropped(picture: Decoded, out: np.ndarray) -> None:
@@ -93,13 +103,15 @@ def cropped(picture: Decoded, out: np.ndarray) -> None:
     width, height, size = picture.width, picture.height, len(out)
     long = int(size * max(width, height) / min(width, height))
     new = (size, long) if width > height else (long, size)
+    scaled = _canvas("scaled", *new)
+    _scale(_whole(picture), scaled)
     top, left = (new[0] - size) // 2, (new[1] - size) // 2
-    out[:] = _scaled(_whole(picture), *new)[top : top + size, left : left + size]
+    out[:] = scaled[top : top + size, left : left + size]
 
 
 def whole(picture: Decoded, out: np.ndarray) -> None:
     """The picture scaled into uint8 [height, width, 3]."""
-    out[:] = _scaled(_whole(picture), *out.shape[:2])
+    _scale(_whole(picture), out)
 
 
 def _whole(picture: Decoded) -> np.ndarray:
@@ -108,11 +120,14 @@ def _whole(picture: Decoded) -> np.ndarray:
     return canvas
 
 
-def _scaled(canvas: np.ndarray, height: int, width: int) -> np.ndarray:
-    # In this order torch sees that a pixel's channels lie together, and leaves them so.
-    planes = torch.from_numpy(canvas)[None].permute(0, 3, 1, 2)
-    scaled = F.interpolate(planes, (height, width), mode="bicubic", antialias=True)
-    return scaled[0].permute(1, 2, 0).numpy()
+def _scale(
+    picture: np.ndarray, out: np.ndarray, down: float | None = None, across: float | None = None
+) -> None:
+    """Write uint8 [height, width, 3] scaled; the factors are the shapes' where none are given."""
+    # In this order torch sees that a pixel's channels lie together. `out` must lie in one piece: the kernel fills
+    # another one as if it did.
+    source, target = (torch.from_numpy(array)[None].permute(0, 3, 1, 2) for array in (picture, out))
+    _bicubic(source, out.shape[:2], False, down, across, out=target)
 
 
 @functools.lru_cache(256)

@@ -105,13 +105,18 @@ def _fast(path: Path | str | bytes, format: ImageFormat, aspect: Aspect, out: np
 
 def _decoded(path: Path | str | bytes) -> fast.Decoded:
     try:
-        data = path if isinstance(path, bytes) else Path(path).read_bytes()
+        data = path if isinstance(path, bytes) else _bytes(path)
     except OSError:
         data = b""  # Pillow says it in words
     picture = fast.jpeg(data)
     if picture is None or picture.width * picture.height > MOST_PIXELS:
         return _by_pillow(read(path))
     return picture
+
+
+def _bytes(path: Path | str) -> bytes:
+    with open(path, "rb", buffering=0) as file:  # half the time of Path.read_bytes
+        return file.read()
 
 
 def _by_pillow(picture: Image.Image) -> fast.Decoded:
