@@ -44,7 +44,8 @@ def stream(path: Path, start: int = 0, number: int = 0) -> Iterator[Record]:
                 place += 1
             more = place >= len(text)
             if not more:
-                if text[place] == "]":
+                if text[place] == "]" and listed:
+                    _nothing_follows(file, path, base, text, place + 1, number)
                     return
                 try:
                     value, end = decoder.raw_decode(text, place)
@@ -78,6 +79,15 @@ def read(path: Path, start: int, end: int) -> Any:
     with path.open("rb") as file:
         file.seek(start)
         return json.loads(file.read(end - start))
+
+
+def _nothing_follows(file: Any, path: Path, base: int, text: str, place: int, number: int) -> None:
+    """Refuse a second list or object in a file: it would be lost."""
+    while text:
+        rest = text[place:].lstrip()
+        if rest:
+            raise _broken(path, base + len(text) - len(rest), number, "more follows its end", False)
+        base, place, text = base + len(text), 0, file.read(CHUNK).decode("latin-1")
 
 
 def _record(path: Path, number: int, start: int, end: int, text: str, value: Any) -> Record:
@@ -135,6 +145,7 @@ def pairs(path: Path) -> Iterator[tuple[str, Any]]:
                     opened, place = True, place + 1
                     continue
                 if text[place] == "}" and key is None:
+                    _nothing_follows(file, path, base, text, place + 1, number)
                     return
                 try:
                     value, end = decoder.raw_decode(text, place)

@@ -149,6 +149,9 @@ def test_objects_are_read_pair_by_pair(tmp_path: Path, monkeypatch: pytest.Monke
     path.write_text('{"a": 1')
     with pytest.raises(RecordError, match=r"a\.json, line 1.*the object is not closed"):
         list(pairs(path))
+    path.write_text('{"a": 1} {"b": 2}')
+    with pytest.raises(RecordError, match=r"byte 9, record 1: .*more follows its end"):
+        list(pairs(path))
     path.write_text("[1]")
     with pytest.raises(RecordError, match=r"expected a JSON object, but it starts with '\['"):
         list(pairs(path))

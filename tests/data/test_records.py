@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from data import records
-from data.records import RecordError, read, stream
+from data.records import CHUNK, RecordError, read, stream
 
 VALUES: list[Any] = [
     {"id": "a", "text": "plain"},
@@ -58,6 +58,9 @@ def test_every_spacing_and_chunk_size(
         (b'[{"a": 1},\n{"a": ', "line 2, byte 17, record 1: not valid JSON"),
         (b'[{"a": 1},\n{"a": 2}', "record 2: not valid JSON (the list is not closed)"),
         (b'[{"a": "\xff\xfe"}]', "record 0: not valid JSON (the text is not UTF-8)"),
+        (b'[{"a": 1}]\n \n[{"a": 2}]', "line 3, byte 13, record 1: not valid JSON (more follows its end)"),
+        (b'[{"a": 1}]' + b" " * CHUNK + b"x", f"byte {CHUNK + 10}, record 1: not valid JSON (more follows"),
+        (b'{"a": 1}\n]', "line 2, byte 9, record 1: not valid JSON"),
         (b'[{"a": 1}, oops]', "record 1: not valid JSON"),
     ],
 )
