@@ -188,7 +188,19 @@ class ExperimentSpec:
                 f"say {f'{whole} or ' * bool(whole)}{whole + self.gpus}",
             )
         stage = STAGES[self.stage]
+        if self.model.attention == "flash" and self.train.precision != "bf16":
+            yield (
+                "model.attention",
+                f"flash attention takes bf16, and train.precision is {self.train.precision}",
+                "say model.attention=auto, or train.precision=bf16",
+            )
         if stage.sparse:
+            if self.model.attention == "flash" and self.moe.rules == "moe_llava":
+                yield (  # moe.vlm says why
+                    "model.attention",
+                    "flash attention makes zeros of padding, which moe.rules=moe_llava routes to experts",
+                    "say model.attention=auto, or moe.rules=default",
+                )
             if self.gpus % self.moe.expert_parallel:
                 yield (
                     "moe.expert_parallel",

@@ -382,6 +382,17 @@ def test_what_the_sections_know_together_is_asked_only_when_each_is_sound() -> N
     assert len(faults(ALIGN, "gpus=30", "cluster=h100", "train.zero=7")) == 1
 
 
+def test_flash_attention_is_refused_where_it_cannot_run_or_would_train_another_model() -> None:
+    sparse = "stage: moe\ninit_from: x\ncluster: h100\ndata: {mix: llava-ft, template: phi}\n"
+    flash, rules = "model.attention=flash", "moe.rules=moe_llava"
+    (fault,) = faults(ALIGN, flash, "train.precision=fp32")
+    assert "error: model.attention: flash attention takes bf16, and train.precision is fp32" in fault
+    (fault,) = faults(sparse, flash, rules)
+    assert "error: model.attention: flash attention makes zeros of padding" in fault
+    assert load(ALIGN, flash, rules).model.attention == "flash"  # align has no experts
+    assert load(sparse, rules).moe.rules == "moe_llava"
+
+
 @pytest.mark.parametrize("zero", ["expert_parallel", "zero"])
 def test_expert_parallelism_must_fit_the_ranks(zero: str) -> None:
     sparse = "stage: moe\ninit_from: x\ncluster: h100\ndata: {mix: llava-ft, template: phi}\n"
