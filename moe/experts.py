@@ -10,6 +10,7 @@ Shapes: e experts of this rank, N rows of tokens sorted by expert, D width, H in
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any, cast
 
 import torch
@@ -172,4 +173,16 @@ class Grouped(torch.autograd.Function):
             return torch.zeros_like(x_ND), torch.zeros_like(weight), None
         grad_x = F.grouped_mm(grad, weight, offs=ends_e) if ctx.needs_input_grad[0] else None
         grad_w = F.grouped_mm(grad.t(), x_ND, offs=ends_e) if ctx.needs_input_grad[1] else None
+        if grad_w is not None and _leaves_empty_groups(grad_w.device):
+            empty_e = ends_e.diff(prepend=ends_e.new_zeros(1)) == 0
+            grad_w.masked_fill_(empty_e[:, None, None], 0)
         return grad_x, grad_w, None
+
+
+@cache
+def _leaves_empty_groups(device: torch.device) -> bool:
+    """Whether the weights' gradient of an expert without rows is whatever its memory held.
+
+    So it is on Blackwell (pytorch issue 172439), and not on Hopper, nor on a CPU.
+    """
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 10

@@ -73,6 +73,32 @@ def test_no_rows_at_all_leave_gradients_of_zero(experts: tuple[torch.nn.Module, 
         assert all(p.grad is not None and not p.grad.any() for p in stacked.parameters())
 
 
+def test_a_device_that_leaves_the_gradient_of_an_idle_expert_unwritten_is_made_up_for(
+    experts: tuple[torch.nn.Module, Experts], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, stacked = experts
+    multiply = torch.nn.functional.grouped_mm
+
+    def as_on_blackwell(a: Tensor, b: Tensor, offs: Tensor) -> Tensor:
+        product = multiply(a, b, offs=offs)
+        if b.dim() == 2:
+            product[1] = torch.nan  # LOADS has no row for it
+        return product
+
+    def gradients() -> list[Tensor]:
+        names = dict(stacked.named_parameters())
+        loss = stacked(torch.ones(12, 32), torch.tensor(LOADS)).square().sum()
+        return list(torch.autograd.grad(loss, [names["up"], names["down"]]))
+
+    want = gradients()
+    monkeypatch.setattr("torch.nn.functional.grouped_mm", as_on_blackwell)
+    assert gradients()[0][1].isnan().all()
+    monkeypatch.setattr("moe.experts._leaves_empty_groups", lambda _: True)
+    for got, sound in zip(gradients(), want, strict=True):
+        assert torch.equal(got, sound)
+        assert not got[1].any()
+
+
 def test_room_kept_from_an_answer_can_be_trained_in(experts: tuple[torch.nn.Module, Experts]) -> None:
     _, stacked = experts
     one_by_one._rooms.kept.clear()
