@@ -68,6 +68,9 @@ class ClusterSpec:
     spare: bool = (
         False  # a second job waits to go on, where jobs are neither requeued nor given time to do so
     )
+    lifeline: Duration = (
+        HALF_HOUR  # after so long without a run that runs, a job of one CPU frees held ones; 0s: none
+    )
     array_parallelism: int = 0  # elements of an array that run at a time; 0: all
     setup: tuple[str, ...] = ()  # shell lines before the ranks start
     python: str = ""  # the interpreter on the nodes; empty: the one that submits
@@ -86,6 +89,12 @@ class ClusterSpec:
                 "hang_after",
                 f"{self.hang_after} is under a minute: SLURM takes as long to end the ranks that outlive a lost one",
                 "say 5m, or 0s for no watch",
+            )
+        if 0 < self.lifeline < 60 and self.executor == "slurm":
+            yield (
+                "lifeline",
+                f"{self.lifeline} is under a minute, as long as SLURM takes to start it",
+                "say 30m, or 0s",
             )
         if self.cpus_per_gpu < 1:
             yield "cpus_per_gpu", f"{self.cpus_per_gpu}: a rank needs at least one CPU", ""

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from launch import cluster
 from launch.record import RunFolder, of_element
-from launch.recovery import avoid, limbo, successor
+from launch.recovery import avoid, lifeline, limbo, successor
 from launch.recovery.causes import CAUSES
 from launch.recovery.findings import Finding, comes_back, delay, first_line, fruitless, held, of_attempt
 from launch.recovery.pulse import beats
@@ -205,6 +205,7 @@ def main(arguments: list[str]) -> int:
         speak(folder, attempt, found, again=again, delay=wait, excluded=excluded, held=stop)
     if not again:
         successor.drop(batch, element)
+        lifeline.drop(batch.parent.parent, element)
     if found.verdict in ("finished", "cancelled"):
         return 0
     options = [f"--begin=now+{wait}"] * bool(wait)

@@ -21,7 +21,7 @@ from launch.operating.logs import complain
 from launch.operating.show import Line, Look, look
 from launch.operating.status import children
 from launch.record import RunFolder, note_all
-from launch.recovery import successor
+from launch.recovery import lifeline, successor
 
 REQUEUED = "requeued; SLURM lets it start after about two minutes"
 ENDABLE = ("running", "queued", "waiting", "held", "blocked")
@@ -67,6 +67,7 @@ def cancel(chosen: Sequence[RunFolder], options: argparse.Namespace) -> int:
                 successor.drop(Path(line.facts.batch), line.state.job)
         for start in range(0, len(elements), 500):
             cluster.call("scancel", *elements[start : start + 500])
+        lifeline.drop(options.runs, *(line.state.job for line in open_))
     except cluster.SlurmError as error:
         return _slurm(str(error))
     return _said(options, open_, f"cancelled {len(open_)} run(s)")

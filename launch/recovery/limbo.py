@@ -2,10 +2,10 @@
 
 SLURM holds a job ("launch failed requeued held") at once where a node's prolog fails for it, and when a batch script
 was missing from its node more often than MaxBatchRequeue (5) in the job's whole life, weeks of good work between
-or not. Nothing of the held job runs, so any watch or verdict of a sibling, the next submission, and `runs.py wait` or
-`status --watch` release it, as its owner may (seen with SLURM 22.05); one look a minute, whoever takes it. Holds by
-its user, by an administrator or by exit codes are none of these, and stay. A job that has used up its count
-while it runs saves and goes on in a new job, which has the count anew: then nobody has to be there.
+or not. Nothing of the held job runs, so any watch of a sibling, the next submission, `runs.py wait`,
+`status --watch`, and for want of all these `launch.recovery.lifeline` release it, as its owner may (SLURM 22.05); one
+look a minute. Holds by its user, by an administrator or by exit codes are none of these, and stay. A job that has used
+up its count while it runs saves and goes on in a new job, which has the count anew: then nobody has to be there.
 """
 
 from __future__ import annotations

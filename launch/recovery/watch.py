@@ -22,7 +22,7 @@ from launch.batches import entry_of
 from launch.files import write_json
 from launch.operating.status import children
 from launch.record import RunFolder, of_element
-from launch.recovery import limbo, successor
+from launch.recovery import lifeline, limbo, successor
 from launch.recovery.pulse import Beat, beats
 from launch.spec import Duration
 
@@ -168,6 +168,11 @@ def main(arguments: list[str]) -> int:
         if silence and not any(folder.logs(attempt).glob("failure_*.json")):
             break
         limbo.look(root)
+        if watch.clock > lifeline.wait_of(spec) / lifeline.SHARE and (
+            refused := lifeline.put_off(batch, spec, time.time())
+        ):
+            with contextlib.suppress(OSError):
+                folder.note("refused", attempt=attempt, what="a lifeline", reason=refused)
         if not fresh and len(seen) == watch.world:
             fresh = True
             if words := limbo.leave(folder, element, attempt):

@@ -147,6 +147,7 @@ class World:
             "cluster.cpus_per_gpu=1",
             "cluster.walltime=40m",
             "cluster.grace=30s",
+            "cluster.lifeline=1m",
             "cluster.sbatch={gres: 'gpu:h100:8'}",  # a node each
             f"cluster.env={{{', '.join(f'{key}: {value!s:}' for key, value in env.items())}}}",
             f"gpus={shape.ranks}",

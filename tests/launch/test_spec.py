@@ -301,6 +301,10 @@ COMPLAINTS = [
         "cluster={hang_after: 30s}",
         "cluster.hang_after: 30s is under a minute: SLURM takes as long to end the ranks",
     ),
+    (
+        "cluster={lifeline: 30s}",
+        "cluster.lifeline: 30s is under a minute, as long as SLURM takes to start it",
+    ),
     ("train={diverged_after: -1}", "train.diverged_after: -1 is below 0"),
     ("cluster={cpus_per_gpu: 0}", "cluster.cpus_per_gpu: 0: a rank needs at least one CPU"),
     ("cluster={mem_gb_per_gpu: -1}", "cluster.mem_gb_per_gpu: -1.0 is below 0"),
