@@ -15,7 +15,7 @@ from pathlib import Path
 from launch import snapshot, submission
 from launch.arguments import Parser, positive
 from launch.cluster import SlurmError, jobs
-from launch.conflicts import clashes, unfit, without_data
+from launch.conflicts import clashes, unfit, without_data, without_python
 from launch.exits import FAILED, INTERRUPTED, NO_SLURM, OK, REFUSED, USAGE
 from launch.operating.status import State
 from launch.plan import EXPERIMENTS, Plan, Run, StagePlan, make, runs_folder
@@ -104,6 +104,7 @@ def _main(arguments: Sequence[str] | None) -> int:
             return OK
         faults = tuple(clashes(plan)) or tuple(unfit(plan))
         lacking, notes = without_data(plan)
+        lacking += dict.fromkeys(without_python(plan))
         if faults or (lacking and not options.dry_run):
             raise SpecError((*faults, *lacking))
         for fault in (*lacking, *notes):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
@@ -86,6 +87,17 @@ def unfit(plan: Plan) -> Iterator[Fault]:
                     str(error),
                     f"or remove {parent.folder.handoff_file}, to train {parent.name} again from its newest checkpoint",
                 )
+
+
+def without_python(plan: Plan) -> Iterator[Fault]:
+    """An interpreter that this machine, where the ranks are to start, does not have."""
+    for stage in plan.stages:
+        on = stage.spec.cluster
+        elsewhere = os.sep in on.python and not os.path.isabs(on.python)  # ranks start in another folder
+        if on.python and on.executor == "local" and (elsewhere or not shutil.which(on.python)):
+            message = f"cluster.python: there is no program {on.python} on this machine"
+            hint = "give its whole path, or leave it out for the one that runs this"
+            yield Fault(stage.experiment.layers.origin("cluster.python"), message, hint)
 
 
 def without_data(plan: Plan) -> tuple[list[Fault], list[Fault]]:

@@ -103,6 +103,23 @@ def test_a_folder_that_only_the_nodes_may_have_is_noted(
     assert "submit from a login node" in said
 
 
+@pytest.mark.parametrize(
+    ("python", "executor", "refused"),
+    [
+        ("/not/here", "local", True),
+        ("bin/sh", "local", True),
+        ("/bin/sh", "local", False),
+        ("/not/here", "slurm", False),
+    ],
+)
+def test_an_interpreter_that_this_machine_would_need_and_lacks_is_told(
+    python: str, executor: str, refused: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = [f"cluster.python={python}", f"cluster.executor={executor}", f"data.root={tmp_path}"]
+    said = told(capsys, STAGE3, *settings, "--dry-run", f"runs={tmp_path / 'runs'}")[1]
+    assert (f"cluster.python: there is no program {python} on this machine" in said) is refused
+
+
 def test_a_dry_run_says_what_is_over_the_limit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = chain.write(tmp_path)
     code, said = told(capsys, str(file), "--dry-run", "--max-gpu-hours", "3")
