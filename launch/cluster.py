@@ -56,6 +56,12 @@ ACTIVE = {
 }
 
 
+# What a command says where slurmctld did not answer, rather than refuse.
+UNSURE = re.compile(
+    r"timed out|no answer|unable to contact|zero bytes|connection (refused|reset)", re.IGNORECASE
+)
+
+
 class SlurmError(Exception):
     """SLURM refused or did not answer; the text is what it said."""
 

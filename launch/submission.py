@@ -11,7 +11,6 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
-import re
 import shutil
 import subprocess
 import time
@@ -29,11 +28,6 @@ from launch.operating.status import OPEN, State, judge
 from launch.operating.survey import read_all
 from launch.plan import Plan, Run, StagePlan, runs_folder
 from launch.recovery import avoid, limbo
-
-# What sbatch says when it has not heard, rather than been refused.
-UNSURE = re.compile(
-    r"timed out|no answer|unable to contact|zero bytes|connection (refused|reset)", re.IGNORECASE
-)
 
 NOT_HERE = "sbatch: not found; is this a SLURM login node? cluster=local runs here"
 
@@ -174,7 +168,7 @@ def send(batch: Batch, lock: int) -> str:
             except cluster.SlurmError:
                 continue
             break
-        if not job and UNSURE.search(said):
+        if not job and cluster.UNSURE.search(said):
             # The request may still be under way. The intent stays, and whoever submits next looks for the job again.
             raise cluster.SlurmError(f"{said}; whether it took the job will show")
         if not job:

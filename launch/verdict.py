@@ -23,6 +23,8 @@ from launch.recovery.causes import CAUSES
 from launch.recovery.findings import Finding, comes_back, delay, first_line, fruitless, held, of_attempt
 from launch.recovery.pulse import beats
 
+AWAY = 4 * 3600.0  # seconds: slurmctld is upgraded, say
+
 
 def speak(folder: RunFolder, attempt: str, found: Finding, *, again: bool, **more: object) -> None:
     """Write the verdict to the run's journal."""
@@ -88,10 +90,12 @@ def requested(folder: RunFolder) -> bool:
 
 
 def requeue(element: str) -> str:
-    """Put the running element back into the queue; what SLURM said if it would not. Already requeued is success."""
-    said = ""
-    for wait in (0, 1, 3):
-        time.sleep(wait)
+    """Put the running element back into the queue; what SLURM said if it would not. Already requeued is success.
+
+    Where slurmctld is away it is asked again until it is back: the nodes are the job's until then.
+    """
+    said, tries, end = "", 0, time.monotonic() + AWAY
+    while tries < 3 and time.monotonic() < end:
         try:
             cluster.call("scontrol", "requeue", element, timeout=30)
             return ""
@@ -101,11 +105,14 @@ def requeue(element: str) -> str:
                 return ""
             if "presently disabled" in said:
                 break  # for this job, or on this site: it will be no other in a second
+        away = cluster.UNSURE.search(said)
+        tries += not away
+        time.sleep(5 if away else 2)
     return said
 
 
-def stay(element: str, restarts: int, seconds: float = 600) -> None:
-    """Keep the batch script until the requeue is surely written down.
+def stay(element: str, restarts: int, seconds: float = AWAY) -> None:
+    """Keep the batch script until the requeue, SLURM's own or ours, is surely written down.
 
     slurmctld saves what it knows every 5 s. Killed before that it has forgotten the requeue, and would take the end of
     the script for the end of the job. To stay longer than that would keep the nodes for KillWait.
@@ -124,10 +131,15 @@ def stay(element: str, restarts: int, seconds: float = 600) -> None:
 
 def succeed(batch: Path, folder: RunFolder, attempt: str, element: str, *options: str) -> str:
     """Submit a successor of the element, and have what waits for it wait for that; why not, where SLURM refuses."""
-    try:
-        job = successor.submit(batch, element, *options)
-    except cluster.SlurmError as error:
-        return str(error)
+    end = time.monotonic() + AWAY
+    while True:
+        try:
+            job = successor.submit(batch, element, *options)
+            break
+        except cluster.SlurmError as error:
+            if not cluster.UNSURE.search(str(error)) or time.monotonic() > end:
+                return str(error)
+            time.sleep(5)
     successor.take_over(folder, successor.place_of(batch, element), element)
     for refused in successor.move(element, job):
         folder.note("refused", attempt=attempt, what="a new dependency", reason=refused)
@@ -221,8 +233,6 @@ def main(arguments: list[str]) -> int:
         if settings and (refused := change(element, *settings)):
             with suppress(OSError):
                 folder.note("refused", attempt=attempt, what=" ".join(settings), reason=refused)
-        if restarted:
-            return 0
         stay(element, restarts)
         return 1
     if again and (refused := succeed(batch, folder, attempt, element, *options)):

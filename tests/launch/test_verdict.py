@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from launch import verdict
+from launch import cluster, verdict
 from launch.files import write_json, write_text
 from launch.record import RunFolder
 from launch.recovery.findings import Finding, comes_back, of_attempt
@@ -105,3 +105,45 @@ def test_a_full_disk_keeps_no_run_from_coming_back(tmp_path: Path) -> None:
             timeout=60,
         )
     assert asked.is_dir()
+
+
+def test_a_controller_that_is_away_is_asked_until_it_is_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However long an upgrade takes; what it refuses is refused after three times."""
+    said: list[str] = ["Unable to contact slurm controller (connect failure)"] * 50
+    slept: list[float] = []
+
+    def call(*command: str, timeout: float) -> str:
+        if said:
+            raise cluster.SlurmError(said.pop())
+        return ""
+
+    monkeypatch.setattr(cluster, "call", call)
+    monkeypatch.setattr("time.sleep", slept.append)
+    assert verdict.requeue("1_0") == ""
+    assert (len(slept), sum(slept) > 200) == (50, True)
+    said[:] = ["Invalid job id specified"] * 5
+    assert verdict.requeue("1_0") == "Invalid job id specified"
+    assert len(said) == 2
+    said[:] = ["Requested operation is presently disabled"] * 5
+    assert verdict.requeue("1_0")
+    assert len(said) == 4
+
+    # Where jobs are not requeued, it is asked for a new one in the same way.
+    (tmp_path / "b").mkdir()
+    write_json(tmp_path / "b" / "plan.json", {"code": "c", "runs": {"0": str(tmp_path / "run")}})
+    (tmp_path / "run").mkdir()
+    answers = ["Unable to contact slurm controller"] * 3
+
+    def sbatch(*command: str, **_: object) -> str:
+        if command[0] == "sbatch" and not answers:
+            return "77"
+        raise cluster.SlurmError(answers.pop() if command[0] == "sbatch" else "no answer within 20 s")
+
+    monkeypatch.setattr(cluster, "call", sbatch)
+    folder = RunFolder(tmp_path / "run")
+    assert verdict.succeed(tmp_path / "b", folder, "1_0-0", "1_0") == ""
+    assert (folder.last("submitting") or {})["after"] == "1_0"
+    answers[:] = ["Job violates accounting/QOS policy"]
+    assert verdict.succeed(tmp_path / "b", folder, "2_0-0", "2_0") == "Job violates accounting/QOS policy"
