@@ -47,9 +47,12 @@ def put_off(batch: Path, spec: Mapping[str, Any], now: float) -> str:
             return ""
         facts = read_json(place / "job.json") or {}
         if job := facts.get("job"):
-            with contextlib.suppress(cluster.SlurmError):  # it runs, or is gone
+            try:
                 cluster.call("scontrol", "update", f"JobId={job}", f"StartTime=now+{wait:.0f}", timeout=20)
                 return ""
+            except cluster.SlurmError as error:
+                if cluster.UNSURE.search(str(error)):
+                    return ""  # another time; else it runs, or is gone
         write_text(place / "script.sbatch", script(batch, spec, wait))
         _submit(place, wait)
     except OSError:
