@@ -119,6 +119,9 @@ class StageJob:
     @staticmethod
     def _fail(folder: RunFolder, place: Place, error: BaseException) -> None:
         """Leave what the verdict needs; never a collective here, the other ranks may be gone."""
+        if getattr(error, "namesake", False):
+            print(error, file=sys.stderr, flush=True)
+            return
         known = environment_secrets()
         told = type(error).__module__.split(".")[0] in ("launch", "moe", "data")  # written to be read
         facts: dict[str, Any] = {

@@ -25,6 +25,7 @@ from launch.preemption import Preemption
 from launch.reader import Layers
 from launch.record import RunFolder
 from launch.recovery.deadline import Deadline
+from launch.recovery.lease import Lease
 from launch.recovery.pulse import Pulse
 from launch.rendezvous import meet
 from launch.spec import ExperimentSpec
@@ -43,32 +44,15 @@ class StageError(RuntimeError):
     """A run cannot go on as it is; the text says why and what to do. Trying again would not help."""
 
 
-class FencedError(RuntimeError):
-    """A later attempt has taken the run over; this one may neither save nor log any more."""
-
-    verdict = "fenced"
-
-
 class Journal(tracking.NoTracker):
-    """The tracker that notes in the run's own journal which steps are safe, and holds the run's lease.
+    """The tracker that notes in the run's own journal which steps are safe, and stops where the lease is another's."""
 
-    SLURM takes a node that is cut off for dead and starts the run elsewhere, while the ranks there go on. When the
-    node is back, what they would still write belongs to the other attempt.
-    """
-
-    def __init__(self, folder: RunFolder, attempt: str, saved: Callable[[float], None]) -> None:
-        self.folder, self.attempt, self.saved = folder, attempt, saved
-        write_json(folder.lease_file, {"attempt": attempt})
-
-    def guard(self) -> None:
-        """Raise FencedError unless the lease is still this attempt's."""
-        holder = (read_json(self.folder.lease_file) or {}).get("attempt")
-        if holder != self.attempt:
-            raise FencedError(f"attempt {holder} has taken {self.folder.path} over; {self.attempt} stops")
+    def __init__(self, folder: RunFolder, attempt: str, lease: Lease, saved: Callable[[float], None]) -> None:
+        self.folder, self.attempt, self.lease, self.saved = folder, attempt, lease, saved
 
     def log(self, step: int, metrics: Mapping[str, object]) -> None:
         """Stop before the step is written to the other attempt's files."""
-        self.guard()
+        self.lease.guard()
 
     def publish(self, checkpoint: Checkpoint) -> None:
         """Note that a step is safe."""
@@ -94,6 +78,8 @@ def run_stage(folder: RunFolder, place: Place, warned: Callable[[], bool], pulse
     parent = handoff.start(record, stage.after)
     tokenizer = _tokenizer(spec, folder, parent, groups)
 
+    # Before it is looked where to go on: what an earlier attempt saves from now on would be lost to this one.
+    lease = Lease(folder, place.attempt) if groups.rank == 0 else None
     checkpoints = Checkpoints(folder.checkpoints, groups, spec.train.keep)
     resumed = checkpoints.newest()
     if resumed is None and folder.last("saved"):
@@ -145,7 +131,7 @@ def run_stage(folder: RunFolder, place: Place, warned: Callable[[], bool], pulse
             samples=loader.samples,
         )
     deadline = Deadline(folder, warned, lambda: pulse.slowest) if groups.rank == 0 else None
-    journal = Journal(folder, place.attempt, deadline.saved) if deadline else None
+    journal = Journal(folder, place.attempt, lease, deadline.saved) if deadline and lease else None
     tracker = _tracker(folder, record, spec, groups, number, start_step, parent, journal)
     if journal:
         tracker = Meter(work, groups.world, tracker)
@@ -163,7 +149,7 @@ def run_stage(folder: RunFolder, place: Place, warned: Callable[[], bool], pulse
         start_step=start_step,
         total_steps=steps,
         heartbeat=orders.heartbeat,
-        guard=journal.guard if journal else None,
+        guard=lease.guard if lease else None,
     )
     try:
         outcome = trainer.fit()
@@ -268,7 +254,7 @@ def _hand_over(
     if final is None:
         raise StageError(f"{folder.checkpoints} has lost the checkpoint of the last step")
     if journal:
-        journal.guard()
+        journal.lease.guard()
         tracker.publish_handoff(handoff.publish(folder, final.path, parent=parent[1] if parent else None))
 
 

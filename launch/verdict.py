@@ -111,6 +111,14 @@ def requeue(element: str) -> str:
     return said
 
 
+def elsewhere(facts: Mapping[str, str]) -> bool:
+    """Whether SLURM runs the job on another batch host: it forgot that it had started it here."""
+    return "SLURMD_NODENAME" in os.environ and facts.get("BatchHost", "") not in (
+        "",
+        os.environ["SLURMD_NODENAME"],
+    )
+
+
 def stay(element: str, restarts: int, seconds: float = AWAY) -> None:
     """Keep the batch script until the requeue, SLURM's own or ours, is surely written down.
 
@@ -124,7 +132,7 @@ def stay(element: str, restarts: int, seconds: float = AWAY) -> None:
             facts = cluster.show(element)
         except cluster.SlurmError:
             continue  # away: it may come back without the memory of it
-        if facts.get("JobState") != "RUNNING" or int(facts.get("Restarts", 0)) > restarts:
+        if facts.get("JobState") != "RUNNING" or int(facts.get("Restarts", 0)) > restarts or elsewhere(facts):
             return
         requeue(element)
 
@@ -198,6 +206,9 @@ def main(arguments: list[str]) -> int:
     except cluster.SlurmError:
         facts = {}  # slurmctld away: requeue below tries again, and a job that it lost anyway is in its hands
     restarted = int(facts.get("Restarts", restarts)) > restarts
+    if not restarted and facts.get("JobState") == "RUNNING" and elsewhere(facts):
+        print(f"{folder.path.name}: attempt {attempt} runs on {facts['BatchHost']} by now", flush=True)
+        return 1
     lost = avoid.down(os.environ.get("SLURM_JOB_NODELIST", "")) if restarted else ()
     found = judged(found, facts, restarts, asked=requested(folder), lost=lost)
     found = found if restarted else progress(folder, found)

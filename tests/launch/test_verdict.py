@@ -147,3 +147,32 @@ def test_a_controller_that_is_away_is_asked_until_it_is_back(
     assert (folder.last("submitting") or {})["after"] == "1_0"
     answers[:] = ["Job violates accounting/QOS policy"]
     assert verdict.succeed(tmp_path / "b", folder, "2_0-0", "2_0") == "Job violates accounting/QOS policy"
+
+
+def test_the_end_of_an_execution_that_slurm_forgot_does_not_end_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """slurmctld died before it wrote down that it had started the job: it runs elsewhere now, under the same name."""
+    asked: list[str] = []
+    host = ["n2"]
+
+    def call(*command: str, timeout: float) -> str:
+        asked.append(command[1])
+        return f"JobId=1 JobState=RUNNING Restarts=0 Reason=None BatchHost={host[0]}\n"
+
+    monkeypatch.setattr(cluster, "call", call)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    for name, value in {"ARRAY_JOB_ID": "1", "ARRAY_TASK_ID": "0", "JOB_NODELIST": "n1"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    monkeypatch.setenv("SLURMD_NODENAME", "n1")
+    folder = RunFolder(tmp_path / "run")
+    folder.path.mkdir()
+    write_json(tmp_path / "batches" / "b" / "plan.json", {"runs": {"0": str(folder.path)}})
+    assert verdict.main([str(tmp_path / "batches" / "b"), "143"]) == 1
+    assert "runs on n2 by now" in capfd.readouterr().out
+    assert (asked, folder.journal) == (["-o"], [])
+    verdict.stay("1_0", 0)
+    assert "requeue" not in asked
+    host[0] = "n1"
+    verdict.stay("1_0", 0, seconds=0.001)
+    assert "requeue" in asked
