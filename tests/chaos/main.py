@@ -30,7 +30,7 @@ def main() -> int:
     """Run it; returns the exit code."""
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--seed", type=int, default=1)
-    options.add_argument("--events", type=int, default=110)
+    options.add_argument("--events", type=int, default=150)
     options.add_argument("--steps", type=int, default=500, help="of each point of the third stage")
     options.add_argument("--pause", type=float, default=0.25, help="seconds added to each step")
     options.add_argument("--minutes", type=float, default=60, help="give up after so many")
