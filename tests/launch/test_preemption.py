@@ -62,7 +62,8 @@ def test_what_is_left_follows_from_the_first_warning(
 def test_warnings_that_come_at_once_are_one_warning(warned: Preemption) -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, Preemption.WARNINGS)
     for number in (*Preemption.WARNINGS, *Preemption.WARNINGS):
-        signal.pthread_kill(threading.get_ident(), number)  # a signal to the process may go to a library's thread
+        # One to the process may be given to a thread of some library.
+        signal.pthread_kill(threading.get_ident(), number)
     assert not warned()
     begun = time.monotonic()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, Preemption.WARNINGS)  # both handlers, one within the other
