@@ -81,7 +81,10 @@ def run_stage(folder: RunFolder, place: Place, warned: Callable[[], bool], pulse
     # Before it is looked where to go on: what an earlier attempt saves from now on would be lost to this one.
     lease = Lease(folder, place.attempt) if groups.rank == 0 else None
     checkpoints = Checkpoints(folder.checkpoints, groups, spec.train.keep)
-    resumed = checkpoints.newest()
+    # Before the newest there may be rows missing: a crash of the node took them, or an attempt that was cut off saved
+    # when the next one had already gone on from an earlier step. They are computed again.
+    logged = folder.last_metrics().get("step", 0) + spec.train.log_every - 1
+    resumed = checkpoints.newest(logged)
     if resumed is None and folder.last("saved"):
         raise StageError(_unreadable(folder))
     pulse("load", 0)
@@ -108,7 +111,9 @@ def run_stage(folder: RunFolder, place: Place, warned: Callable[[], bool], pulse
     pulse("load", 0)
     start_step = 0
     if resumed:
-        found = checkpoints.resume(engine)  # that one, or an older one where its bytes are not as written
+        found = checkpoints.resume(
+            engine, logged
+        )  # that one, or an older one where its bytes are not as written
         if found is None:
             raise StageError(_unreadable(folder))
         start_step = found[0].step

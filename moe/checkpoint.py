@@ -200,17 +200,18 @@ class Checkpoints:
                 return checkpoint
         return None
 
-    def newest(self) -> Checkpoint | None:
+    def newest(self, upto: int | None = None) -> Checkpoint | None:
         """As `latest`, but the contents are not read: `resume` checks them as it loads them."""
-        return next((checkpoint for checkpoint, _ in self._candidates()), None)
+        return next((checkpoint for checkpoint, _ in self._candidates(upto)), None)
 
-    def resume(self, engine: Engine) -> tuple[Checkpoint, dict[str, Any]] | None:
+    def resume(self, engine: Engine, upto: int | None = None) -> tuple[Checkpoint, dict[str, Any]] | None:
         """Restore the newest checkpoint whose bytes are as written: (it, what `save` was given as extra).
 
-        As `latest` and `restore` together, and each byte is read once. None when there is none; the engine's
+        As `latest` and `restore` together, and each byte is read once. Where the run's history ends at step `upto`,
+        a checkpoint of a later step is taken only if no other can be. None when there is none; the engine's
         state is then undefined if there had been one. Raises CheckpointError as `restore` does.
         """
-        for checkpoint, record in self._candidates():
+        for checkpoint, record in self._candidates(upto):
             try:
                 return checkpoint, self._restore(checkpoint, record, engine)
             except Damaged as damage:
@@ -226,12 +227,16 @@ class Checkpoints:
         """
         return self._restore(checkpoint, None, engine)
 
-    def _candidates(self) -> Iterator[tuple[Checkpoint, dict[str, Any]]]:
-        """Checkpoints whose files are there in their sizes, newest first; others are passed over."""
+    def _candidates(self, upto: int | None = None) -> Iterator[tuple[Checkpoint, dict[str, Any]]]:
+        """Checkpoints whose files are there in their sizes, newest first, those after `upto` last; others are passed
+        over.
+        """
         found: list[Checkpoint] = []
         if self.groups.rank == 0:
             storage.recover(self.folder)
             found = storage.found(self.folder)
+            if upto is not None:
+                found.sort(key=lambda checkpoint: checkpoint.step > upto)  # newest first still, in each part
         for checkpoint in self._from_first(found):
             wrong: list[str] = []
             record: dict[str, Any] = {}

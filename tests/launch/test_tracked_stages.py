@@ -168,6 +168,31 @@ def test_tags_on_its_page_end_an_attempt_where_a_save_is_due(
     assert (state.name, state.reason) == ("cancelled", "cancelled: on request of the W&B tag stop-after-save")
 
 
+@pytest.mark.slow
+def test_rows_that_are_missing_before_the_newest_checkpoint_are_computed_again(
+    tmp_path: Path, demo_data: Path
+) -> None:
+    changes = ("wandb.mode=disabled", "train.save_every=4", "train.keep=3")
+    run = chain(tmp_path, demo_data, *(f"stage1_align:{c}" for c in changes), steps=dict.fromkeys(STEPS, 10))
+    folder = run["align"].folder
+    assert ranks(1)(functools.partial(attempt, run["align"], 0)) == ["finished"]
+    before = folder.metrics_file.read_text().splitlines()
+    handed = json.loads(folder.handoff_file.read_text())
+    # An attempt that went on from 4 while 8 and 10 came from one that was cut off, and died after 6.
+    folder.metrics_file.write_text("".join(f"{line}\n" for line in before[:6]))
+    folder.handoff_file.unlink()
+    assert ranks(1)(functools.partial(attempt, run["align"], 1)) == ["finished"]
+    assert folder.last("start")["step"] == 4  # type: ignore[index]
+    rows = [
+        [(row["step"], row["loss"]) for row in map(json.loads, lines)]
+        for lines in (before, folder.metrics_file.read_text().splitlines())
+    ]
+    assert rows[0] == rows[1]
+    assert [step for step, _ in rows[1]] == list(range(1, 11))
+    again = json.loads(folder.handoff_file.read_text())
+    assert again["step"] == handed["step"] == 10
+
+
 def test_an_order_waits_for_a_save_and_a_requeue_comes_back(tmp_path: Path) -> None:
     class Told(NoTracker):
         def asked(self) -> frozenset[str]:

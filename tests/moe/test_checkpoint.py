@@ -284,6 +284,27 @@ def test_what_is_corrupt_is_found_while_it_is_loaded_and_the_one_before_taken(tm
     assert later.resume(fresh) is None
 
 
+def rows_end_before_it(folder):
+    groups = Groups.create(2)
+    engine = engine_of(groups)
+    checkpoints = Checkpoints(folder, groups, keep=3)
+    for step in (2, 3, 4):
+        checkpoints.save(step, engine, {"of": step})
+    upto = 3 if groups.rank == 0 else None  # rank 0 has the say
+    found = checkpoints.newest(upto), checkpoints.resume(engine, upto)
+    if groups.rank == 0:
+        for step in (2, 3):
+            flip(folder / f"step_0000000{step}" / "state_00001.bin")
+    groups.barrier()
+    return (*found, checkpoints.newest(1), checkpoints.resume(engine, upto), checkpoints.latest())
+
+
+def test_one_after_the_end_of_the_history_is_the_last_to_be_taken(tmp_path):
+    third, fourth = (Checkpoint(tmp_path / f"step_0000000{step}", step) for step in (3, 4))
+    for found in ranks(2)(rows_end_before_it, tmp_path):
+        assert found == (third, (third, {"of": 3}), fourth, (fourth, {"of": 4}), fourth)
+
+
 def one_rank_finds_it(folder):
     groups = Groups.create(2)
     engine = engine_of(groups)
