@@ -111,9 +111,8 @@ def run_stage(folder: RunFolder, place: Place, warned: Callable[[], bool], pulse
     pulse("load", 0)
     start_step = 0
     if resumed:
-        found = checkpoints.resume(
-            engine, logged
-        )  # that one, or an older one where its bytes are not as written
+        # That one, or an older one where its bytes are not as written.
+        found = checkpoints.resume(engine, logged)
         if found is None:
             raise StageError(_unreadable(folder))
         start_step = found[0].step
