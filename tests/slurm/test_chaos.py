@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from launch.record import RunFolder
+from launch.recovery import lifeline
 from tests.chaos import measure
 from tests.chaos.drive import Event, drive, schedule
 from tests.chaos.events import Kind
@@ -58,7 +59,9 @@ def test_after_faults_of_four_kinds_the_runs_are_those_of_a_quiet_night(
     found = [b for name in world.folders for b in measure.breaks(name, world.runs_of(name), story.events)]
     assert found
     assert measure.over_the_bound(found, SHAPE.save_every) == []
-    ours = [id for id, job in slurm.jobs().items() if job.partition == "main"]
+    # Where the machine is slow, runs go on for long enough to have a job wait beside them.
+    waiting = [id for id, job in slurm.jobs().items() if job.fields.get("Comment") == lifeline.NAME]
+    ours = [id for id, job in slurm.jobs().items() if job.partition == "main" and id not in waiting]
     assert len(ours) == 4, ours  # nothing was submitted twice
     assert {id.partition("_")[2] for id in ours} == {"0", "1"}
 
