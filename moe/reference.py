@@ -307,7 +307,8 @@ def _fill(
                 aim.copy_(part)
                 filled.setdefault(name, set()).add(place)
         if bias in wanted and bias not in filled and not projector_only:
-            vlm.language.lm_head.bias = None  # the reference leaves phi-2's out
+            # The reference leaves phi-2's out; said in the config, an export is built without it too.
+            vlm.language.lm_head.bias, vlm.language.config.lm_head_bias = None, False
             del wanted[bias]
         if not any(name.startswith("tower.") for name in filled) and not projector_only:
             spec = ModelSpec(
