@@ -1,4 +1,4 @@
-"""A batch as the model takes it, or what is wrong with its shapes, in words; no value is looked at."""
+"""A batch as the model takes it, or what is wrong with its shapes, in words."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ def checked(
     side: int,
 ) -> Tensor | None:
     """The images as [N, 3, side, side], which may be given one by one; VLMError for what fits nothing.
+
+    No value is looked at.
 
     `beside`: what must have the ids' shape [B, S], by name.
     """
@@ -45,6 +47,23 @@ def checked(
             "with data.images.load in the tower's format"
         )
     return pixel_values
+
+
+def without_blanks(pixel_values: Tensor, places_B: Tensor) -> Tensor:
+    """The images without the blank ones that the reference's loader brings for samples that have none.
+
+    `places_B`: how many each sample has a place for. Given back whole where that is not what there is too many of.
+    """
+    brings_B = places_B.clamp(min=1)
+    blank_B = (brings_B.cumsum(0) - brings_B)[places_B == 0]
+    # Zeros as bytes are a black picture, as normalised floats the reference's blank.
+    if len(pixel_values) != int(brings_B.sum()) or not pixel_values.is_floating_point():
+        return pixel_values
+    if bool(pixel_values[blank_B].any()):
+        return pixel_values
+    kept = torch.ones(len(pixel_values), dtype=torch.bool, device=pixel_values.device)
+    kept[blank_B] = False
+    return pixel_values[kept]
 
 
 def _shape(tensor: Tensor) -> list[int]:

@@ -27,6 +27,9 @@ def fill(folder: Path, vlm: VLM) -> None:
     for name in VOCABULARY:
         if name in found and name in wanted and len(found[name]) > len(wanted[name]):
             found[name] = found[name][: len(wanted[name])]
+    bias = VOCABULARY[-1]
+    if bias in wanted and bias not in found:  # the reference's phi-2 does without; ours may learn it
+        found[bias] = torch.zeros_like(wanted[bias])
     if odd := sorted(set(wanted) ^ set(found)) + [
         n for n in wanted if n in found and _other(wanted[n], found[n])
     ]:

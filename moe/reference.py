@@ -39,6 +39,12 @@ _KEYS = (  # transformers' keys that may be carried over as they are
     *("num_key_value_heads", "head_dim", "max_position_embeddings", "hidden_act", "initializer_range"),
     *("rms_norm_eps", "layer_norm_eps", "rope_theta", "rope_scaling", "partial_rotary_factor"),
     *("use_qkv_bias", "qk_layernorm", "tie_word_embeddings", "sliding_window"),
+    *(
+        "resid_pdrop",
+        "embd_pdrop",
+        "attention_dropout",
+        "hidden_dropout",
+    ),  # Phi-2's own config drops residuals
 )
 _RENAMED = {
     "rope_pct": "partial_rotary_factor",  # StableLM's vendored config
@@ -168,7 +174,10 @@ def _tower(folder: Path, said: Mapping[str, Any], named: str) -> tuple[str, str]
     for row, vision in VISION.items():
         if vision.hub == name:
             return row, ""
-    for place in (Path(name), folder / name, folder.parent / name, folder.parent / Path(name).name):
+    near = folder.resolve().parent
+    # The name must begin with openai/ or google/ there, so a folder beside may be called a little otherwise.
+    alike = [place for place in sorted(near.iterdir()) if _letters(place.name) == _letters(Path(name).name)]
+    for place in (Path(name), folder / name, near / name, near / Path(name).name, *alike):
         if name and (place / "config.json").is_file():
             kind = json.loads((place / "config.json").read_text()).get("model_type", "")
             if kind.startswith(("clip", "siglip")):
@@ -178,6 +187,10 @@ def _tower(folder: Path, said: Mapping[str, Any], named: str) -> tuple[str, str]
         f"{folder}/config.json names the image tower {name!r}, which is neither a folder nor one of "
         f"{', '.join(vision.hub for vision in VISION.values())}; give its folder as `tower`"
     )
+
+
+def _letters(name: str) -> str:
+    return "".join(letter for letter in name.lower() if letter.isalnum())
 
 
 def _tower_config(row: str, weights: str, said: Mapping[str, Any]) -> dict[str, object]:
@@ -294,7 +307,8 @@ def _fill(
                 aim.copy_(part)
                 filled.setdefault(name, set()).add(place)
         if bias in wanted and bias not in filled and not projector_only:
-            vlm.language.lm_head.bias = None  # the reference leaves phi-2's out
+            # The reference leaves phi-2's out; said in the config, an export is built without it too.
+            vlm.language.lm_head.bias, vlm.language.config.lm_head_bias = None, False
             del wanted[bias]
         if not any(name.startswith("tower.") for name in filled) and not projector_only:
             spec = ModelSpec(

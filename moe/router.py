@@ -138,7 +138,7 @@ def route(
         lost_T = _slots(expert_TK, experts, by_draw_T)[0][:, 0] >= limit
         # The survivors' places are in the order of tokens again.
         slot_TK, _ = _slots(expert_TK, experts, torch.argsort(lost_T.long(), stable=True))
-    first_E = torch.bincount(expert_TK[:, 0], minlength=experts)
+    first_E = _counted(expert_TK[:, 0], experts)
     if limit is None:
         kept_TK, dropped = chance_TK, load_E.new_zeros(())
     else:
@@ -179,6 +179,13 @@ def _choose(logits_TE: Tensor, chance_TE: Tensor, top_k: int, noise_TE: Tensor |
     return torch.stack(chosen, 1)
 
 
+def _counted(expert_N: Tensor, experts: int) -> Tensor:
+    """How often each expert is named: torch.bincount, for which a GPU's host would wait, twice."""
+    return torch.zeros(experts, dtype=torch.int64, device=expert_N.device).scatter_add_(
+        0, expert_N, torch.ones_like(expert_N)
+    )
+
+
 def _slots(expert_TK: Tensor, experts: int, arrival: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Each choice's place in its expert's queue, first choices before second; and the queues' lengths.
 
@@ -190,7 +197,7 @@ def _slots(expert_TK: Tensor, experts: int, arrival: Tensor | None = None) -> tu
     else:
         queue_N = queue_N[arrival]
     by_expert_N = torch.argsort(queue_N, stable=True)
-    load_E = torch.bincount(queue_N, minlength=experts)
+    load_E = _counted(queue_N, experts)
     start_E = load_E.cumsum(0) - load_E
     place_N = torch.arange(len(queue_N), device=queue_N.device) - start_E[queue_N[by_expert_N]]
     slot_N = torch.empty_like(place_N)

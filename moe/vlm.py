@@ -2,7 +2,8 @@
 
 Sequences leave the splice right-padded, so a causal language model never lets a real token see a padded one:
 no attention mask is passed (SDPA and flash-attn then take their fast causal kernels), except under the
-reference's routing rules, where padding is routed and its hidden states therefore matter.
+reference's routing rules, where padding is routed and its hidden states therefore matter, and for a dense model in
+evaluation, whose outputs are then the reference's at padding too.
 
 The reference warns that flash-attn degraded its models (README of MoE-LLaVA, its issue 25). Two causes are known and
 shown in tests/moe/test_attention.py: transformers before 4.37 gave Phi's flash-attn a scale of 1 for 1 / sqrt(width of
@@ -25,7 +26,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moe import backbones, weights
-from moe.batches import checked
+from moe.batches import checked, without_blanks
 from moe.parallel import Groups
 from moe.parts import VLMError, parts, train_only
 from moe.router import Traffic, balance
@@ -136,7 +137,7 @@ class VLM(nn.Module):
     ) -> Spliced:
         """Put the images' features where -200 stands, drop masked positions, pad on the right.
 
-        As the reference (moellava/model/llava_arch.py), except that a text-only sample brings no dummy image.
+        As the reference (moellava/model/llava_arch.py), except that a text-only sample need bring no blank image.
         Raises VLMError when the images and their places differ in number, or shapes do not fit.
         """
         beside = {"attention_mask": attention_mask, "labels": labels, "segments": segments}
@@ -146,6 +147,9 @@ class VLM(nn.Module):
         place_BS = (input_ids == IMAGE) & keep_BS
         images = 0 if pixel_values is None else pixel_values.shape[0]
         places = int(place_BS.sum())
+        if pixel_values is not None and images > places:
+            pixel_values = without_blanks(pixel_values, place_BS.sum(1).to(pixel_values.device))
+            images = len(pixel_values)
         if images != places:
             raise VLMError(
                 f"the batch brings {images} image(s), but its texts have {places} place(s) for one (-200); "
@@ -241,11 +245,17 @@ class VLM(nn.Module):
             extra |= self._apart(spliced.segments)
             if "cu_seq_lens_q" in extra:
                 embeds = embeds.flatten(0, 1)[None]  # all rows as one, cut at the samples' ends
-        elif self.moe is not None and self.moe.rules == "moe_llava":
+        elif self._masked():
             extra["attention_mask"] = spliced.mask.long()
         # Else right-padded, and no mask is needed: see the module's head.
         hidden: Tensor = self.language.model(inputs_embeds=embeds, use_cache=False, **extra).last_hidden_state
         return hidden.view_as(spliced.embeds)
+
+    def _masked(self) -> bool:
+        """Whether what stands where padding is matters: to routers, or to who compares a dense model's outputs."""
+        if self.moe is not None:
+            return self.moe.rules == "moe_llava"
+        return not self.training and not self.language.config._attn_implementation.startswith("flash")
 
     def _apart(self, segments: Tensor) -> dict[str, Any]:
         """What keeps samples packed into rows apart: each sees itself alone and counts from 0.

@@ -76,6 +76,8 @@ def load_language(spec: ModelSpec, *, vocab_size: int, seed: int, dtype: Any, fi
             ) from wrong
         if not filled:
             model.tie_weights()
+        if not getattr(config, "lm_head_bias", True):  # see moe.reference
+            model.lm_head.bias = None
     elif row.own_config:
         model = _from_tensors(spec, row, config, name, dtype)
     else:

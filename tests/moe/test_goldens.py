@@ -12,7 +12,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from moe.generate import greedy
 from moe.interchange import load_moe_llava
+from moe.parallel import Groups
 from moe.router import Router, route
 from moe.spec import MoESpec
 from moe.stages import STAGES
@@ -175,6 +177,21 @@ def test_three_adamw_steps_give_the_references_losses(backbone: str) -> None:
 
 
 @pytest.mark.parametrize("backbone", BACKBONES)
+def test_the_same_tokens_are_generated(backbone: str) -> None:
+    numbers, _, _, pixels = golden(backbone)
+    said = numbers["generate_greedy"]
+    found = greedy(
+        model(backbone),
+        [said["prompt_ids"]],
+        [pixels[[said["image_row"]]]],
+        max_new_tokens=len(said["new_tokens_use_cache"]),
+        end=None,
+        groups=Groups.single(),
+    )
+    assert found == [said["new_tokens_use_cache"]]
+
+
+@pytest.mark.parametrize("backbone", BACKBONES)
 def test_each_stage_trains_what_the_reference_trains(backbone: str) -> None:
     numbers, _, _, _ = golden(backbone)
     vlm = model(backbone)
@@ -235,7 +252,6 @@ def test_a_whole_layer_of_deepspeed(case: dict[str, Any]) -> None:
     from moe.dispatch import TorchDispatcher
     from moe.experts import Experts
     from moe.layer import MoELayer
-    from moe.parallel import Groups
     from moe.router import Traffic, balance
 
     tensors, name = load_file(GOLDENS / "gating" / "gating.safetensors"), case["name"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from moe.backbones import BackboneError
-from moe.interchange import InterchangeError, load_moe_llava
-from moe.vlm import VLMError
-from tests.moe.reference_model import LAYERS, SAVED, Reference, batch, moe
+from moe.hub import MoEVLM
+from moe.interchange import InterchangeError, blueprint, export_hf, load_moe_llava
+from moe.origin import fill
+from moe.vlm import VLMError, build
+from tests.moe.reference_model import LAYERS, SAVED, WORDS, Reference, batch, moe
 
 BATCHES = {
     "two": [[3, 9], [7]],
@@ -174,3 +177,20 @@ def test_a_folder_that_is_wrong_says_what_is(tmp_path: Path) -> None:
     (folder / "pytorch_model.bin").unlink()
     with pytest.raises(InterchangeError, match=r"holds no weights: .* no mm_projector.bin of a stage 1"):
         load_moe_llava(folder)
+
+
+def test_a_phi_without_its_heads_bias_is_exported_and_started_from(tmp_path: Path) -> None:
+    torch.manual_seed(6)
+    folder = Reference("phi", "clip", "mlp2x_gelu", None).save(tmp_path / "stage2")
+    read, given = load_moe_llava(folder).eval(), batch(BATCHES["two"])
+    export_hf(read, tmp_path / "export")
+    again = MoEVLM.from_pretrained(tmp_path / "export").vlm.eval()
+    assert again.state_dict().keys() == read.state_dict().keys()  # one more would be memory as it was found
+    torch.testing.assert_close(again(**given).logits, read(**given).logits)
+    spec = blueprint(read)
+    spec = replace(spec, config={k: v for k, v in spec.config.items() if k != "lm_head_bias"})
+    started = build(spec, vocab_size=WORDS, seed=0, dtype=torch.float32).eval()
+    torch.nn.init.ones_(started.language.lm_head.bias)
+    fill(folder, started)
+    started.tower.load_state_dict(read.tower.state_dict())  # a run's is its spec's own
+    torch.testing.assert_close(started(**given).logits, read(**given).logits)

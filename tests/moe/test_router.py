@@ -149,3 +149,15 @@ def test_a_pass_knows_its_real_tokens() -> None:
     assert Traffic.of(mask, MoESpec()).real.tolist() == [0, 1, 3]
     assert Traffic.of(mask[:, :1], MoESpec()).real is None
     assert Traffic.of(mask, REFERENCE).real is None  # the reference routes padding
+
+
+@pytest.mark.parametrize("factor", [0.0, 1.5])
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_routing_needs_no_number_from_the_device(top_k: int, factor: float) -> None:
+    """On the meta device there is none to be had; on a GPU the host would wait for it."""
+    logits = torch.randn(16, 4, device="meta", requires_grad=True)
+    order = torch.rand(16, device="meta") if top_k == 1 else None
+    spec = MoESpec(rules="moe_llava", top_k=top_k)
+    routing, report = route(logits, spec, factor, torch.zeros_like(logits), order)
+    (balance(report) + routing.weight_TK.sum()).backward()
+    assert routing.load_E.shape == report.first_E.shape == (4,)

@@ -175,6 +175,19 @@ def test_the_tower_stays_out_of_training() -> None:
     assert all(p.grad is None for p in vlm.tower.parameters())
 
 
+def test_the_references_blank_image_of_a_text_is_left_out() -> None:
+    vlm = model()
+    given = batch([7, 4, 6], [2, 0, 1])
+    pixels = given.pop("pixel_values")
+    brought = torch.cat([pixels[:2], torch.zeros_like(pixels[:1]), pixels[2:]])
+    want = vlm(**given, pixel_values=pixels).loss.item()
+    assert vlm(**given, pixel_values=brought).loss.item() == want
+    # Any other image too many is one that a text has lost its place for.
+    for wrong in (pixels[[0, 1, 2, 2]], brought.to(torch.uint8), brought[[0, 1, 2, 2, 3]]):
+        with pytest.raises(VLMError, match=r"brings [45] image\(s\), but its texts have 3"):
+            vlm(**given, pixel_values=wrong)
+
+
 @pytest.mark.parametrize("images", [0, 3])
 def test_images_without_a_place_are_refused(images: int) -> None:
     given = batch([6, 4], [1, 1])
