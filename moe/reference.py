@@ -39,12 +39,8 @@ _KEYS = (  # transformers' keys that may be carried over as they are
     *("num_key_value_heads", "head_dim", "max_position_embeddings", "hidden_act", "initializer_range"),
     *("rms_norm_eps", "layer_norm_eps", "rope_theta", "rope_scaling", "partial_rotary_factor"),
     *("use_qkv_bias", "qk_layernorm", "tie_word_embeddings", "sliding_window"),
-    *(
-        "resid_pdrop",
-        "embd_pdrop",
-        "attention_dropout",
-        "hidden_dropout",
-    ),  # Phi-2's own config drops residuals
+    # Phi-2's own config drops a tenth of what goes into its residuals.
+    *("resid_pdrop", "embd_pdrop", "attention_dropout", "hidden_dropout"),
 )
 _RENAMED = {
     "rope_pct": "partial_rotary_factor",  # StableLM's vendored config
