@@ -18,7 +18,7 @@ from typing import Any
 
 from data.conversation import IMAGE
 from data.records import RecordError, pairs, stream
-from data.words import kind_of
+from data.words import is_text, kind_of
 
 Converter = Callable[[Path, str], Iterator[dict[str, Any]]]
 
@@ -110,7 +110,8 @@ def write(records: Iterator[dict[str, Any]], out: Path, texts: Path | None = Non
             for record in records:
                 at = 1 if texts and "image" not in record else 0
                 opened[at].write(",\n" if counts[at] else "[\n")
-                json.dump(record, opened[at], ensure_ascii=False)
+                text = json.dumps(record, ensure_ascii=False)
+                opened[at].write(text if is_text(text) else json.dumps(record))
                 counts[at] += 1
             for file, count in zip(opened, counts, strict=True):
                 file.write("\n]\n" if count else "[]\n")

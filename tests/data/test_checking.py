@@ -149,7 +149,7 @@ def test_all_planted_defects_are_found_and_none_is_invented(root: Path) -> None:
 
 def test_all_kinds_are_planted_somewhere(root: Path) -> None:
     kinds = {kind for kind, _ in planted(root)[1]}
-    elsewhere = {"file-missing", "file-torn", "file-empty", "rows", "plain-turns", "encoding"}
+    elsewhere = {"file-missing", "file-torn", "file-empty", "rows", "plain-turns", "encoding", "field-twice"}
     assert kinds | elsewhere == set(KINDS)
 
 
@@ -175,6 +175,30 @@ def test_files_are_judged_too(root: Path) -> None:
     write(root, "nlp_tune.json", [record("A?", "B.")])
     kinds = [(finding.kind, finding.detail) for finding in run(root, "nlp").findings]
     assert kinds == [("rows", "1 records, the catalog says 40,688")]
+
+
+def test_a_field_that_stands_twice_is_told(root: Path) -> None:
+    sound, again = (json.dumps(record(text, "Yes.", id=text)) for text in ("One?", "Two?"))
+    twice = again.replace('"conversations": ', '"conversations": [], "conversations": ')
+    nested = twice.replace('"value": ', '"value": "lost", "value": ')
+    (root / "twice.json").write_text(f"[{sound}, {twice}, {sound.replace('One', 'More')}, {nested}]")
+    told = [finding for finding in run(root, "twice.json").findings if finding.kind != "duplicate-id"]
+    assert [tuple(finding[2:]) for finding in told if finding.kind == "field-twice"] == [
+        (1, "Two?", "conversations"),
+        (3, "Two?", "conversations, value"),
+    ]
+    assert {finding.kind for finding in told} == {"field-twice", "duplicate-record"}
+
+
+def test_half_a_character_stops_neither_check_nor_fix(root: Path) -> None:
+    half = {**record("Half?", " Yes. "), "id": "\ud800"}
+    (root / "half.json").write_text(json.dumps([half, record("<\ud800?", "No.", id="\ud801")]))
+    result = run(root, "half.json")
+    assert [finding.kind for finding in result.findings] == ["blank-edge", "turn-malformed"]
+    report.write(result, root / "told")
+    fix(result, root / "half.json", root / "fixed.json")
+    (kept,) = json.loads((root / "fixed.json").read_text())
+    assert kept == {**half, "conversations": record("Half?", "Yes.")["conversations"]}
 
 
 def test_a_shared_broken_picture_is_told_for_each_record(root: Path) -> None:

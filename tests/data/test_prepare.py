@@ -83,6 +83,30 @@ def test_check_and_fix(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert "LOST  tokenizer: the template ends turns with '</s>'" in capsys.readouterr().out
 
 
+def test_a_torn_file_keeps_no_other_from_being_fixed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "torn.json").write_text('[{"id": 1, "conversations": []}, {"id"')
+    write(tmp_path, "spaces.json", [{**record("A?", " B. "), "id": "\ud800"}])
+    arguments = ["check", "--root", str(tmp_path), "torn.json", "spaces.json", "--no-pictures", "--fix"]
+    assert main(arguments) == 2
+    told = capsys.readouterr()
+    assert "spaces.json, record 0 (id \\ud800): turn 2" in told.out
+    assert "spaces.fixed.json: 1 stripped an answer, 1 written" in told.out
+    assert "torn.fixed.json is not written: " in told.err
+    assert main(arguments) == 2
+    assert "spaces.fixed.json exists already; nothing is overwritten" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_torn_tokenizer_is_told(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(LLAMA, tmp_path / "tok")
+    (tmp_path / "tok" / name).write_text('{"a":')
+    mixed(tmp_path, 3)
+    assert main(["index", "--root", str(tmp_path), "mixed.json", "--tokenizer", str(tmp_path / "tok")]) == 2
+    assert f"prepare: {tmp_path}/tok/{name}: not a " in capsys.readouterr().err
+
+
 def test_index_is_the_one_that_training_opens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     mixed(tmp_path, 12)
     arguments = ["index", "--root", str(tmp_path), "mixed.json", "--tokenizer", LLAMA]
