@@ -260,19 +260,20 @@ def index(options: argparse.Namespace) -> int:
 
 def convert(options: argparse.Namespace) -> int:
     """A publisher's file into the schema."""
-    from data.convert import CONVERTERS, write, write_pictures
+    from data.convert import CONVERTERS, latest, write, write_pictures
 
     if options.kind == "mimic-it-pictures":
         made, broken = write_pictures(options.source, options.out)
-        print(f"{made:,} pictures written to {options.out}")
+        print(f"{made:,} pictures written to {options.out}" + (f", {len(broken):,} not" if broken else ""))
         for name in broken[:5]:
-            print(f"  {name}: not base64")
+            print(f"  {name}")
         return 1 if broken else 0
     try:
         records = CONVERTERS[options.kind](options.source, options.prefix)
         kept, texts = write(records, options.out, options.texts)
     except (AttributeError, TypeError) as error:  # a value of another type than the publisher's
-        raise ValueError(f"{options.source}: not as {options.kind}'s publisher writes it ({error})") from None
+        place = latest(options.source)
+        raise ValueError(f"{place}: not as {options.kind}'s publisher writes it ({error})") from None
     print(f"{kept:,} records in {options.out}" + (f", {texts:,} in {options.texts}" if options.texts else ""))
     return 0
 

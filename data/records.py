@@ -162,10 +162,15 @@ def pairs(path: Path) -> Iterator[tuple[str, Any]]:
                 except json.JSONDecodeError as error:
                     if ended:
                         raise _broken(path, base + error.pos, number, error.msg) from None
+                except RecursionError:
+                    raise _broken(path, base + place, number, "nested too deeply", False) from None
+                except ValueError:
+                    raise _broken(
+                        path, base + place, number, "a number of thousands of digits", False
+                    ) from None
                 else:
                     if end < len(text) or ended:
-                        if not text[place:end].isascii():
-                            value = json.loads(text[place:end].encode("latin-1").decode("utf-8"))
+                        value = _record(path, number, base + place, base + end, text[place:end], value).value
                         if key is None:
                             key = value
                         else:

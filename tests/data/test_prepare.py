@@ -188,6 +188,46 @@ def test_convert_writes_the_schema(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 @pytest.mark.parametrize(
+    ("kind", "text", "words"),
+    [
+        ("llava", '[{"conversations": []}, {"id": 1}]', "record 1: there is no 'conversations', only 'id'"),
+        (
+            "llava",
+            '[{"conversations": []}, {"image": "a", "conversations": ["x"]}]',
+            "record 1: not as llava's publisher",
+        ),
+        (
+            "svit",
+            '[{"image_id": 1, "question": "A?"}]',
+            "record 0: there is no 'conversations', only 'image_id'",
+        ),
+        ("lrv", '[{"image_id": 1, "question": null, "answer": ""}]', "record 0: not as lrv's publisher"),
+        ("mimic-it", '{"date": {}}', "there is no 'data', only 'date'; is this the file of another kind?"),
+        ("mimic-it", '{"data": {"A_1": {"instruction": 5, "answer": ""}}}', "record A_1: not as mimic-it's"),
+        ("mimic-it", '{"data": ' + "[" * 5000, "record 0: not valid JSON (nested too deeply)"),
+        ("mimic-it", '{"data": ' + "9" * 5000 + "}", "record 0: not valid JSON (a number of thousands"),
+    ],
+)
+def test_what_a_converter_cannot_read_is_told_with_its_place(
+    kind: str, text: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "raw.json").write_text(text)
+    assert main(["convert", kind, str(tmp_path / "raw.json"), "--out", str(tmp_path / "out.json")]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith(f"prepare: {tmp_path}/raw.json")
+    assert words in told
+    assert [path.name for path in tmp_path.iterdir()] == ["raw.json"]
+
+
+def test_two_outputs_need_two_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mixed(tmp_path, 3)
+    out = str(tmp_path / "out.json")
+    assert main(["convert", "llava", str(tmp_path / "mixed.json"), "--out", out, "--texts", out]) == 2
+    assert "two files are to be written there" in capsys.readouterr().err
+    assert not Path(out).exists()
+
+
+@pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["check", "--root", "$NO_SUCH_ROOT", "nlp"], "that variable is not set: export it, or say --root"),
