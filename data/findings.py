@@ -95,6 +95,7 @@ KINDS: dict[str, Kind] = {
     # the picture
     "image-outside": Kind("the picture's path leads out of the root", True, "use a relative path", _DROP),
     "image-missing": Kind("the picture is not there", True, _GET, _DROP),
+    "image-forbidden": Kind("the picture may not be read", True, "chmod it, or ask its owner"),
     "image-empty": Kind("the picture's file is empty", True, _GET, _DROP),
     "image-unreadable": Kind("the picture's file is not a picture", True, _GET, _DROP),
     "image-damaged": Kind("the picture is cut short or damaged", True, _GET, _DROP),

@@ -244,6 +244,8 @@ def facts(path: Path) -> Facts:
             picture.load()
     except UnidentifiedImageError:
         return Facts(0, 0, "", ["image-unreadable"])
+    except PermissionError:
+        raise
     except (OSError, SyntaxError, ValueError, EOFError):
         return Facts(0, 0, "", ["image-damaged"])
     return Facts(width, height, name, found)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import shutil
+import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -150,6 +153,7 @@ def test_all_planted_defects_are_found_and_none_is_invented(root: Path) -> None:
 def test_all_kinds_are_planted_somewhere(root: Path) -> None:
     kinds = {kind for kind, _ in planted(root)[1]}
     elsewhere = {"file-missing", "file-torn", "file-empty", "rows", "plain-turns", "encoding", "field-twice"}
+    elsewhere |= {"image-forbidden"}
     assert kinds | elsewhere == set(KINDS)
 
 
@@ -175,6 +179,29 @@ def test_files_are_judged_too(root: Path) -> None:
     write(root, "nlp_tune.json", [record("A?", "B.")])
     kinds = [(finding.kind, finding.detail) for finding in run(root, "nlp").findings]
     assert kinds == [("rows", "1 records, the catalog says 40,688")]
+
+
+def test_a_picture_that_may_not_be_read_is_told_and_kept(request: pytest.FixtureRequest) -> None:
+    root = Path(tempfile.mkdtemp(dir="/tmp"))  # pytest's own folders are its user's alone
+    request.addfinalizer(lambda: shutil.rmtree(root))
+    records = [record("<image>\nWhat?", " A dot. ", image=f"{name}/1.png", id=name) for name in "abc"]
+    for name in "abc":
+        (root / name).mkdir()
+        Image.new("RGB", (8, 8)).save(root / name / "1.png")
+    write(root, "some.json", records)
+    root.chmod(0o755)
+    (root / "a" / "1.png").chmod(0)
+    (root / "b").chmod(0)
+    if os.geteuid() == 0:  # who may read everything
+        request.addfinalizer(lambda: os.seteuid(0))
+        os.seteuid(65534)
+    result = run(root, "some.json")
+    if os.getuid() == 0:
+        os.seteuid(0)
+    want = {("image-forbidden", 0), ("image-forbidden", 1), *(("blank-edge", at) for at in range(3))}
+    assert set(found(result)) == want
+    assert fix(result, root / "some.json", root / "fixed.json")["written"] == 3
+    (root / "b").chmod(0o755)
 
 
 def test_a_field_that_stands_twice_is_told(root: Path) -> None:
