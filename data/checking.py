@@ -19,7 +19,7 @@ from data.catalog import CatalogError, Dataset, annotation_path
 from data.conversation import IGNORED, IMAGE_ID, TEMPLATES, ConversationError, encode_many, remembering
 from data.findings import KINDS, Finding
 from data.inspection import Picture, broken, defects, paths_of, picture
-from data.records import Record, RecordError, stream
+from data.records import Pairs, Record, RecordError, stream
 from data.spool import Findings, Seen, Spool, repeated
 
 BATCH = 512  # records encoded together
@@ -91,6 +91,7 @@ class _Checker:
         self.seen = Seen()  # pictures, by the hash of their path
         self.bad, self.bad_at = array("Q"), array("Q")  # those with defects, and where these are kept
         self.defects = Spool()
+        self.twice: list[str] = []  # fields of the record being read that stand in it twice
         self.chunk: list[str] = []
         self.waiting: deque[tuple[list[str], Future[list[Picture]]]] = deque()
 
@@ -109,7 +110,7 @@ class _Checker:
         shows, shown_by = array("Q"), array("I")
         ids, talks = array("Q"), array("Q")
         try:
-            for batch in _batches(stream(path)):
+            for batch in _batches(self.read(file, path)):
                 self.batch(file, path, batch, shows, shown_by, ids, talks)
                 self.progress(dataset.name, batch[-1].end, size)
         except RecordError as error:
@@ -125,6 +126,24 @@ class _Checker:
         off = abs(file.records - file.expected)
         if file.expected and off > (0 if file.exact else 0.02 * file.expected):
             self.tell(file, "rows", -1, "", f"{file.records:,} records, the catalog says {file.expected:,}")
+
+    def read(self, file: FileReport, path: Path) -> Iterator[Record]:
+        """The records of a file, with what their decoding shows."""
+        self.twice.clear()  # a file cut short may have left some
+        for record in stream(path, made=self.fields):
+            if self.twice:
+                name = str(record.value.get("id", "")) if isinstance(record.value, dict) else ""
+                self.tell(file, "field-twice", record.number, name, ", ".join(sorted(set(self.twice))))
+                self.twice.clear()
+            yield record
+
+    def fields(self, pairs: Pairs) -> dict[str, Any]:
+        """A JSON object of its fields."""
+        whole = dict(pairs)
+        if len(whole) < len(pairs):
+            names = [name for name, _ in pairs]
+            self.twice += [name for name in whole if names.count(name) > 1]
+        return whole
 
     def batch(
         self,

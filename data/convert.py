@@ -18,7 +18,7 @@ from typing import Any
 
 from data.conversation import IMAGE
 from data.records import RecordError, pairs, stream
-from data.words import kind_of
+from data.words import is_path, is_text, kind_of
 
 Converter = Callable[[Path, str], Iterator[dict[str, Any]]]
 
@@ -31,7 +31,7 @@ def llava(path: Path, prefix: str) -> Iterator[dict[str, Any]]:
         images = [images] if isinstance(images, str) else images
         turns = [
             {**turn, "value": in_front(turn.get("value", "")) if images else turn.get("value", "")}
-            for turn in value.get("conversations", [])
+            for turn in value["conversations"]
         ]
         kept = {key: item for key, item in value.items() if key not in ("image", "conversations")}
         placed = [_join(prefix, image) for image in images]
@@ -48,7 +48,7 @@ def svit(path: Path, prefix: str) -> Iterator[dict[str, Any]]:
             yield {**value, "image": _join(prefix, image), "conversations": _headed(value["conversations"])}
             continue
         image = _join(prefix, f"{value['image_id']}.jpg")
-        for number, talk in enumerate(value.get("conversations", [])):
+        for number, talk in enumerate(value["conversations"]):
             turns = [
                 {"from": {"user": "human"}.get(turn["from"], turn["from"]), "value": turn["value"].strip()}
                 for turn in talk["content"]
@@ -73,7 +73,9 @@ def mimic_it(path: Path, prefix: str) -> Iterator[dict[str, Any]]:
     """MIMIC-IT's instructions: one question a record; the in-context examples of `rel_ins_ids` are
     dropped.
     """
+    there: list[str] = []
     for key, section in pairs(path):
+        there.append(key)
         if key != "data":
             continue
         for name, found in section.items():
@@ -82,6 +84,9 @@ def mimic_it(path: Path, prefix: str) -> Iterator[dict[str, Any]]:
             image = {"image": images if len(images) > 1 else images[0]} if images else {}
             turns = _asked(value["instruction"], value["answer"], len(images))
             yield {"id": name, **image, "conversations": turns}
+    if "data" not in there:
+        found = ", ".join(map(repr, there[:6])) or "nothing"
+        raise RecordError(f"{path}: there is no 'data', only {found}; is this the file of another kind?")
 
 
 CONVERTERS: dict[str, Converter] = {
@@ -98,6 +103,9 @@ def write(records: Iterator[dict[str, Any]], out: Path, texts: Path | None = Non
 
     The files are there whole or not at all. FileExistsError rather than writing over one.
     """
+    _Fields.where = ""
+    if texts == out:
+        raise ValueError(f"{out}: two files are to be written there; name another one for --texts")
     files = [path for path in (out, texts) if path]
     for path in files:
         if path.exists():
@@ -110,7 +118,8 @@ def write(records: Iterator[dict[str, Any]], out: Path, texts: Path | None = Non
             for record in records:
                 at = 1 if texts and "image" not in record else 0
                 opened[at].write(",\n" if counts[at] else "[\n")
-                json.dump(record, opened[at], ensure_ascii=False)
+                text = json.dumps(record, ensure_ascii=False)
+                opened[at].write(text if is_text(text) else json.dumps(record))
                 counts[at] += 1
             for file, count in zip(opened, counts, strict=True):
                 file.write("\n]\n" if count else "[]\n")
@@ -123,7 +132,7 @@ def write(records: Iterator[dict[str, Any]], out: Path, texts: Path | None = Non
 
 
 def write_pictures(path: Path, folder: Path) -> tuple[int, list[str]]:
-    """MIMIC-IT's {id: base64} file to ID.jpg files; how many are new, and the ids that are not base64.
+    """MIMIC-IT's {id: base64} file to ID.jpg files; how many are new, and the pictures that cannot be written.
 
     Files that are there stay: a run that was stopped goes on.
     """
@@ -131,14 +140,19 @@ def write_pictures(path: Path, folder: Path) -> tuple[int, list[str]]:
     made, broken = 0, []
     for name, text in pairs(path):
         target = folder / f"{name}.jpg"
-        if target.parent != folder or target.is_file():
+        if not name or target.parent != folder or not is_path(target.name):
+            broken.append(f"{name!r}: no name of a file")
+            continue
+        if target.is_file():
             continue
         try:
             data = base64.b64decode(
                 text.split(",", 1)[-1] if text.startswith("data:") else text, validate=True
             )
         except (binascii.Error, AttributeError, ValueError):
-            broken.append(name)
+            data = b""
+        if not data:
+            broken.append(f"{name}: not base64")
             continue
         partial = target.with_suffix(f".{os.getpid()}.part")
         partial.write_bytes(data)
@@ -175,10 +189,15 @@ def _join(prefix: str, path: str) -> str:
     )
 
 
+def latest(path: Path) -> str:
+    """The record that was converted last, if it is of this file."""
+    return _Fields.where if _Fields.where.startswith(f"{path}, ") else str(path)
+
+
 class _Fields(dict[str, Any]):
     """A record that says where it lacks a field."""
 
-    where = ""
+    where = ""  # of the one read last: what is wrong with a value shows where it is used
 
     def __missing__(self, key: str) -> Any:
         there = ", ".join(map(repr, list(self)[:6])) or "nothing"
@@ -191,5 +210,5 @@ def _object(path: Path, number: int | str, value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise RecordError(f"{path}, record {number}: expected an object, found {kind_of(value)}")
     fields = _Fields(value)
-    fields.where = f"{path}, record {number}"
+    _Fields.where = f"{path}, record {number}"
     return fields

@@ -37,6 +37,9 @@ KINDS: dict[str, Kind] = {
     "rows": Kind("not as many records as the catalog says", False, "compare with the publisher's file"),
     # the record
     "record-type": Kind("the record is not an object", True, "remove it", _DROP),
+    "field-twice": Kind(
+        "a field stands twice in the record: JSON keeps the last", True, "keep one of the two"
+    ),
     "no-conversations": Kind("the record has no list of conversations", True, "remove it", _DROP),
     "empty-conversation": Kind("the conversation has no turn", True, "remove it", _DROP),
     "turn-malformed": Kind("a turn lacks 'from' or a text in 'value'", True, "repair the turn", _DROP),
@@ -92,6 +95,7 @@ KINDS: dict[str, Kind] = {
     # the picture
     "image-outside": Kind("the picture's path leads out of the root", True, "use a relative path", _DROP),
     "image-missing": Kind("the picture is not there", True, _GET, _DROP),
+    "image-forbidden": Kind("the picture may not be read", True, "chmod it, or ask its owner"),
     "image-empty": Kind("the picture's file is empty", True, _GET, _DROP),
     "image-unreadable": Kind("the picture's file is not a picture", True, _GET, _DROP),
     "image-damaged": Kind("the picture is cut short or damaged", True, _GET, _DROP),

@@ -21,7 +21,7 @@ from data import fast
 Aspect = Literal["square", "pad"]
 
 MOST_PIXELS = 178_956_970  # where Pillow refuses; a decoded picture of that size takes half a gigabyte
-LONGEST = 16  # aspect ratio above which only the part that the crop keeps is resized
+LONGEST = 100  # aspect ratio above which only the part that the crop keeps is resized: the whole takes 34 MB
 
 # Pillow warns from half of MOST_PIXELS on, for each picture anew. The limit is checked here, in words.
 Image.MAX_IMAGE_PIXELS = None
@@ -244,6 +244,8 @@ def facts(path: Path) -> Facts:
             picture.load()
     except UnidentifiedImageError:
         return Facts(0, 0, "", ["image-unreadable"])
+    except PermissionError:
+        raise
     except (OSError, SyntaxError, ValueError, EOFError):
         return Facts(0, 0, "", ["image-damaged"])
     return Facts(width, height, name, found)

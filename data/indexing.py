@@ -18,7 +18,7 @@ from data.conversation import IGNORED, IMAGE_ID, ConversationError, Encoded, enc
 from data.records import Record, stream
 from data.words import is_path, kind_of
 
-FORMAT = 1  # raise it when an index is laid out, or a conversation encoded, other than before
+FORMAT = 2  # raise it when an index is laid out, or a conversation encoded, other than before
 MARK = 2048  # records between two marks of a build; their tokens are in memory, about 100 MB
 COLUMNS = {  # NAME.col, one value a record
     "token_at": "<i8",  # a record's first token in tokens.bin

@@ -153,11 +153,14 @@ def picture(root: Path, beside: Path, path: str, hint: bool = True) -> Picture:
     if ".." in PurePosixPath(path).parts or (path.startswith("/") and not Path(path).is_relative_to(root)):
         return Picture(0, 0, [("image-outside", path)])
     place = root / path
-    if not place.is_file() and (beside / path).is_file():
-        place = beside / path
-    if not place.is_file():
-        return Picture(0, 0, [("image-missing", f"{path}{_like(place) if hint else ''}")])
-    seen = facts(place)
+    try:
+        if not place.is_file() and (beside / path).is_file():
+            place = beside / path
+        if not place.is_file():
+            return Picture(0, 0, [("image-missing", f"{path}{_like(place) if hint else ''}")])
+        seen = facts(place)
+    except PermissionError:
+        return Picture(0, 0, [("image-forbidden", path)])
     found = [(kind, path) for kind in seen.defects]
     ending = place.suffix.lower().removeprefix(".")
     if seen.format and ending not in ENDINGS.get(seen.format, (seen.format,)):

@@ -7,6 +7,7 @@ something would be lost or is missing, 2 the command cannot be carried out.
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import shlex
 import shutil
@@ -87,6 +88,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Carry out a command; its exit code."""
     from data.words import refused
 
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a record may say what the terminal cannot
+            stream.reconfigure(errors="backslashreplace")
     options = parser().parse_args(arguments)
     try:
         return COMMANDS[options.command](options)
@@ -180,6 +184,7 @@ def check(options: argparse.Namespace) -> int:
     from data import checking, report
     from data.bar import Bar
     from data.conversation import TEMPLATES, tokenizer_faults
+    from data.records import RecordError
 
     root, tokenizer = _root(options), _tokenizer(options)
     if options.template not in TEMPLATES:
@@ -210,13 +215,20 @@ def check(options: argparse.Namespace) -> int:
     print(f"the whole report: {out / 'check.html'} and check.json")
     if faults:
         print(f"LOST  all of it: the tokenizer does not suit template {options.template}, as said above")
-    if options.fix:
-        for file in found.files:
-            if file.path and file.kinds:
-                path = Path(file.path)
-                target = path.with_name(f"{path.stem}.fixed.json")
+    unfixed = False
+    for file in found.files if options.fix else []:
+        if file.path and file.kinds:
+            path = Path(file.path)
+            target = path.with_name(f"{path.stem}.fixed.json")
+            try:
                 done = checking.fix(found, path, target)
-                print(f"{target}: " + ", ".join(f"{count:,} {what}" for what, count in sorted(done.items())))
+            except (RecordError, FileExistsError) as error:  # the other files are still to be repaired
+                unfixed = True
+                print(f"prepare: {target} is not written: {error}", file=sys.stderr)
+                continue
+            print(f"{target}: " + ", ".join(f"{count:,} {what}" for what, count in sorted(done.items())))
+    if unfixed:
+        return 2
     return 1 if found.lost or faults else 0
 
 
@@ -248,19 +260,20 @@ def index(options: argparse.Namespace) -> int:
 
 def convert(options: argparse.Namespace) -> int:
     """A publisher's file into the schema."""
-    from data.convert import CONVERTERS, write, write_pictures
+    from data.convert import CONVERTERS, latest, write, write_pictures
 
     if options.kind == "mimic-it-pictures":
         made, broken = write_pictures(options.source, options.out)
-        print(f"{made:,} pictures written to {options.out}")
+        print(f"{made:,} pictures written to {options.out}" + (f", {len(broken):,} not" if broken else ""))
         for name in broken[:5]:
-            print(f"  {name}: not base64")
+            print(f"  {name}")
         return 1 if broken else 0
     try:
         records = CONVERTERS[options.kind](options.source, options.prefix)
         kept, texts = write(records, options.out, options.texts)
     except (AttributeError, TypeError) as error:  # a value of another type than the publisher's
-        raise ValueError(f"{options.source}: not as {options.kind}'s publisher writes it ({error})") from None
+        place = latest(options.source)
+        raise ValueError(f"{place}: not as {options.kind}'s publisher writes it ({error})") from None
     print(f"{kept:,} records in {options.out}" + (f", {texts:,} in {options.texts}" if options.texts else ""))
     return 0
 

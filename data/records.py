@@ -7,12 +7,15 @@ while Python's own JSON scanner, which is written in C, finds its end.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 CHUNK = 1 << 22  # bytes read at a time
 _SPACE = " \t\r\n,"
+
+
+Pairs = list[tuple[str, Any]]
 
 
 class RecordError(ValueError):
@@ -28,12 +31,15 @@ class Record(NamedTuple):
     value: Any
 
 
-def stream(path: Path, start: int = 0, number: int = 0) -> Iterator[Record]:
+def stream(
+    path: Path, start: int = 0, number: int = 0, made: Callable[[Pairs], Any] | None = None
+) -> Iterator[Record]:
     """The records of a JSON list or of JSON lines, from byte `start` on, whose record has that number.
 
-    Raises RecordError where the file is not JSON, naming line and record.
+    `made` makes an object of its fields, as json's object_pairs_hook; a field's text is then Latin-1. Raises
+    RecordError where the file is not JSON, naming line and record.
     """
-    decoder = json.JSONDecoder()
+    decoder = json.JSONDecoder(object_pairs_hook=made)
     with path.open("rb") as file:
         first, listed = _opening(file, path)
         base = start or first
@@ -57,6 +63,10 @@ def stream(path: Path, start: int = 0, number: int = 0) -> Iterator[Record]:
                     more = True
                 except RecursionError:
                     raise _broken(path, base + place, number, "nested too deeply", False) from None
+                except ValueError:
+                    raise _broken(
+                        path, base + place, number, "a number of thousands of digits", False
+                    ) from None
                 else:
                     # A number at the end of what was read may go on.
                     more = end == len(text) and not ended
@@ -152,10 +162,15 @@ def pairs(path: Path) -> Iterator[tuple[str, Any]]:
                 except json.JSONDecodeError as error:
                     if ended:
                         raise _broken(path, base + error.pos, number, error.msg) from None
+                except RecursionError:
+                    raise _broken(path, base + place, number, "nested too deeply", False) from None
+                except ValueError:
+                    raise _broken(
+                        path, base + place, number, "a number of thousands of digits", False
+                    ) from None
                 else:
                     if end < len(text) or ended:
-                        if not text[place:end].isascii():
-                            value = json.loads(text[place:end].encode("latin-1").decode("utf-8"))
+                        value = _record(path, number, base + place, base + end, text[place:end], value).value
                         if key is None:
                             key = value
                         else:

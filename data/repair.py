@@ -20,7 +20,7 @@ def repair(record: Any, kinds: list[str], template: Template) -> tuple[dict[str,
     """
     if not any(KINDS[kind].fix for kind in kinds):
         return record, []
-    if any(kind.startswith("image-") and KINDS[kind].lost for kind in kinds):
+    if any(kind.startswith("image-") and KINDS[kind].fix and KINDS[kind].lost for kind in kinds):
         return None, ["dropped"]
     if not isinstance(record, dict) or not isinstance(record.get("conversations"), list):
         return None, ["dropped"]

@@ -148,7 +148,7 @@ def write(report: Report, folder: Path) -> dict[str, Any]:
         for number, finding in enumerate(report.findings):
             file.write(("," if number else "") + "\n  " + json.dumps(finding._asdict()))
         file.write("\n ]\n}\n")
-    (folder / "check.html").write_text(as_html(report, facts), encoding="utf-8")
+    (folder / "check.html").write_text(as_html(report, facts), encoding="utf-8", errors="backslashreplace")
     return facts
 
 

@@ -85,11 +85,13 @@ def _turn(turn: Mapping[str, str], number: int, has_image: bool) -> tuple[str, s
         raise ConversationError(f"turn {number} needs 'from' and a text in 'value'")
     if not is_text(text):
         raise ConversationError(f"turn {number} has half of a character (a lone surrogate) in its text")
-    if has_image and text.startswith(IMAGE) and (count := text.count(IMAGE)) > MOST_IMAGES:
-        text = text.replace(IMAGE * count, IMAGE * MOST_IMAGES)
-    if has_image and VIDEO in text:
-        if text.count(VIDEO) > 1:
-            raise ConversationError(f"turn {number} has more than one {VIDEO}")
+    if has_image:
+        # Both limits are of turns that start with a placeholder (MoE-LLaVA, train.py, preprocess_multimodal).
+        if text.startswith((IMAGE, VIDEO)):
+            if (count := text.count(IMAGE)) > MOST_IMAGES:
+                text = text.replace(IMAGE * count, IMAGE * MOST_IMAGES).strip()
+            if text.count(VIDEO) > 1:
+                raise ConversationError(f"turn {number} has more than one {VIDEO}")
         text = text.replace(VIDEO, IMAGE * FRAMES)
     return role, text
 

@@ -23,11 +23,17 @@ class TokenizerFile:
             raise ValueError(
                 f"{folder}: there is no tokenizer.json; name a run's tokenizer folder, or a model's folder"
             )
-        self.backend_tokenizer = Tokenizer.from_file(str(path))
+        try:
+            self.backend_tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises nothing narrower
+            raise ValueError(f"{path}: not a tokenizer that can be read ({error}); copy it again") from None
         said: dict[str, Any] = {}
         for name in ("special_tokens_map.json", "tokenizer_config.json"):
             if (folder / name).is_file():
-                said |= json.loads((folder / name).read_text(encoding="utf-8"))
+                try:
+                    said |= json.loads((folder / name).read_text(encoding="utf-8"))
+                except (ValueError, TypeError) as error:
+                    raise ValueError(f"{folder / name}: not a JSON object ({error}); copy it again") from None
         self.chat_template = said.get("chat_template")
         if self.chat_template is None and (folder / "chat_template.jinja").is_file():
             self.chat_template = (folder / "chat_template.jinja").read_text(encoding="utf-8")

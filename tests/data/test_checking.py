@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import shutil
+import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -149,7 +152,8 @@ def test_all_planted_defects_are_found_and_none_is_invented(root: Path) -> None:
 
 def test_all_kinds_are_planted_somewhere(root: Path) -> None:
     kinds = {kind for kind, _ in planted(root)[1]}
-    elsewhere = {"file-missing", "file-torn", "file-empty", "rows", "plain-turns", "encoding"}
+    elsewhere = {"file-missing", "file-torn", "file-empty", "rows", "plain-turns", "encoding", "field-twice"}
+    elsewhere |= {"image-forbidden"}
     assert kinds | elsewhere == set(KINDS)
 
 
@@ -175,6 +179,53 @@ def test_files_are_judged_too(root: Path) -> None:
     write(root, "nlp_tune.json", [record("A?", "B.")])
     kinds = [(finding.kind, finding.detail) for finding in run(root, "nlp").findings]
     assert kinds == [("rows", "1 records, the catalog says 40,688")]
+
+
+def test_a_picture_that_may_not_be_read_is_told_and_kept(request: pytest.FixtureRequest) -> None:
+    root = Path(tempfile.mkdtemp(dir="/tmp"))  # pytest's own folders are its user's alone
+    request.addfinalizer(lambda: shutil.rmtree(root))
+    records = [record("<image>\nWhat?", " A dot. ", image=f"{name}/1.png", id=name) for name in "abc"]
+    for name in "abc":
+        (root / name).mkdir()
+        Image.new("RGB", (8, 8)).save(root / name / "1.png")
+    write(root, "some.json", records)
+    root.chmod(0o755)
+    (root / "a" / "1.png").chmod(0)
+    (root / "b").chmod(0)
+    if os.geteuid() == 0:  # who may read everything
+        request.addfinalizer(lambda: os.seteuid(0))
+        os.seteuid(65534)
+    result = run(root, "some.json")
+    if os.getuid() == 0:
+        os.seteuid(0)
+    want = {("image-forbidden", 0), ("image-forbidden", 1), *(("blank-edge", at) for at in range(3))}
+    assert set(found(result)) == want
+    assert fix(result, root / "some.json", root / "fixed.json")["written"] == 3
+    (root / "b").chmod(0o755)
+
+
+def test_a_field_that_stands_twice_is_told(root: Path) -> None:
+    sound, again = (json.dumps(record(text, "Yes.", id=text)) for text in ("One?", "Two?"))
+    twice = again.replace('"conversations": ', '"conversations": [], "conversations": ')
+    nested = twice.replace('"value": ', '"value": "lost", "value": ')
+    (root / "twice.json").write_text(f"[{sound}, {twice}, {sound.replace('One', 'More')}, {nested}]")
+    told = [finding for finding in run(root, "twice.json").findings if finding.kind != "duplicate-id"]
+    assert [tuple(finding[2:]) for finding in told if finding.kind == "field-twice"] == [
+        (1, "Two?", "conversations"),
+        (3, "Two?", "conversations, value"),
+    ]
+    assert {finding.kind for finding in told} == {"field-twice", "duplicate-record"}
+
+
+def test_half_a_character_stops_neither_check_nor_fix(root: Path) -> None:
+    half = {**record("Half?", " Yes. "), "id": "\ud800"}
+    (root / "half.json").write_text(json.dumps([half, record("<\ud800?", "No.", id="\ud801")]))
+    result = run(root, "half.json")
+    assert [finding.kind for finding in result.findings] == ["blank-edge", "turn-malformed"]
+    report.write(result, root / "told")
+    fix(result, root / "half.json", root / "fixed.json")
+    (kept,) = json.loads((root / "fixed.json").read_text())
+    assert kept == {**half, "conversations": record("Half?", "Yes.")["conversations"]}
 
 
 def test_a_shared_broken_picture_is_told_for_each_record(root: Path) -> None:

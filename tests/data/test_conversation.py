@@ -101,6 +101,19 @@ def test_adjacent_images_over_the_limit_are_dropped_as_in_the_reference() -> Non
     assert ids.count(-200) == 16
 
 
+def test_the_limits_of_placeholders_are_of_turns_that_start_with_one() -> None:
+    def ids(text: str) -> list[int]:
+        return encode(talk(text, "Many."), tokenizer("phi2"), "phi").input_ids
+
+    # The reference strips a turn of too many, whether or not it could drop some, and no other one.
+    assert ids("<image>" * 20 + "\nHow many? \n") == ids("<image>" * 16 + "\nHow many?")
+    assert ids("<image>\n" * 17) == ids("<image>\n" * 16 + "<image>")
+    assert ids("<image>" * 16 + "\n") != ids("<image>" * 16)
+    assert ids("<video>" + "<image>" * 20 + " ") == ids("<video>" + "<image>" * 16)
+    assert ids("So " + "<image>" * 20 + " ").count(-200) == 20
+    assert ids("So <video><video>").count(-200) == 16
+
+
 def test_a_chat_template_learns_the_answers_and_their_ends() -> None:
     tok = chat_tokenizer()
     got = encode(talk("<image>\nWhat?", "A dog.", "Why?", " So\n"), tok, "chat")

@@ -97,12 +97,15 @@ def test_mimic_it_pictures_become_files(tmp_path: Path, monkeypatch: pytest.Monk
     source["IMG_9"] = "data:image/jpeg;base64," + base64.b64encode(b"nine").decode()
     source["IMG_bad"] = "not base64!"
     source["../evil"] = "AAAA"
+    source["IMG_nothing"] = ""
     (tmp_path / "images.json").write_text(json.dumps(source))
-    assert write_pictures(tmp_path / "images.json", tmp_path / "out") == (6, ["IMG_bad"])
+    lost = ["IMG_bad: not base64", "'../evil': no name of a file", "IMG_nothing: not base64"]
+    assert write_pictures(tmp_path / "images.json", tmp_path / "out") == (6, lost)
     assert (tmp_path / "out" / "IMG_3.jpg").read_bytes() == bytes([3]) * 50
     assert (tmp_path / "out" / "IMG_9.jpg").read_bytes() == b"nine"
     assert not (tmp_path / "evil.jpg").exists()
-    assert write_pictures(tmp_path / "images.json", tmp_path / "out") == (0, ["IMG_bad"])
+    assert write_pictures(tmp_path / "images.json", tmp_path / "out") == (0, lost)
+    assert not (tmp_path / "out" / "IMG_nothing.jpg").exists()
 
 
 @pytest.mark.parametrize(

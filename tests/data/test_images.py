@@ -66,6 +66,18 @@ def test_tiny_and_thin_pictures_are_pictures(size: tuple[int, int], aspect: Any,
         assert torch.allclose(middle, want, atol=0.9 if aspect == "pad" else 1e-5)
 
 
+def test_a_banner_is_scaled_as_a_whole() -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (5, 320, 3), np.uint8)
+    for picture in (Image.fromarray(noise), Image.fromarray(noise.transpose(1, 0, 2))):
+        wide = picture.width > picture.height
+        new = (224 * 64, 224) if wide else (224, 224 * 64)
+        middle = [slice(None), slice(None)]
+        middle[wide] = slice((224 * 64 - 224) // 2, (224 * 64 + 224) // 2)
+        want = np.asarray(picture.resize(new, Image.Resampling.BICUBIC))[tuple(middle)]
+        got = images.pixels(encoded(picture), FORMATS["clip224"], "square")
+        assert (got == want).all()
+
+
 def test_only_the_kept_part_of_a_long_picture_is_resized(monkeypatch: pytest.MonkeyPatch) -> None:
     x, y = np.meshgrid(np.linspace(0, 20, 380), np.linspace(0, 2, 24))
     waves = np.stack([np.sin(x + k + y) * 120 + 128 for k in range(3)], -1).astype(np.uint8)

@@ -129,20 +129,21 @@ def test_length_groups_leave_the_least_padding(root: Path) -> None:
     assert padding["length"] < 0.4 * padding["none"]
 
 
-def test_a_stream_resumes_at_any_point(root: Path) -> None:
-    given = spec(root, workers=1)
-    whole = take(loader(given, micro=2, accumulation=3), 60)
-    for point in random.Random(0).sample(range(60), 50):
-        first = loader(given, micro=2, accumulation=3)
-        steps = first.steps()
-        for _ in range(min(point, 3)):  # what is loaded ahead must not count
-            next(steps)
-        state = json.loads(json.dumps({**first.state_dict(), "step": point}))
-        assert first.state_dict()["step"] == min(point, 3)
+@pytest.mark.parametrize("group_by", ["none", "modality"])
+def test_a_stream_resumes_at_any_point(group_by: Any, root: Path) -> None:
+    mixed(root, 7, "more.json", start=100)
+    given = spec(root, mix={"mixed.json": 1.5, "more.json": 2.0}, group_by=group_by, workers=1)
+    first = loader(given, micro=2, accumulation=3)
+    steps, whole, states = first.steps(), [], [json.dumps(first.state_dict())]
+    for _ in range(64):
+        whole += take(steps, 1)
+        states.append(json.dumps(first.state_dict()))  # what is loaded ahead must not count
+    first.close()
+    assert max(map(len, states)) < 1000
+    for point in random.Random(0).sample(range(60), 25):  # of two orders: 50 in all
         second = loader(given, micro=2, accumulation=3)
-        second.load_state_dict(state)
-        assert take(second, 1) == whole[point : point + 1]
-        first.close()
+        second.load_state_dict(json.loads(states[point]))
+        assert take(second, 4) == whole[point : point + 4]
         second.close()
 
 

@@ -83,6 +83,30 @@ def test_check_and_fix(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert "LOST  tokenizer: the template ends turns with '</s>'" in capsys.readouterr().out
 
 
+def test_a_torn_file_keeps_no_other_from_being_fixed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "torn.json").write_text('[{"id": 1, "conversations": []}, {"id"')
+    write(tmp_path, "spaces.json", [{**record("A?", " B. "), "id": "\ud800"}])
+    arguments = ["check", "--root", str(tmp_path), "torn.json", "spaces.json", "--no-pictures", "--fix"]
+    assert main(arguments) == 2
+    told = capsys.readouterr()
+    assert "spaces.json, record 0 (id \\ud800): turn 2" in told.out
+    assert "spaces.fixed.json: 1 stripped an answer, 1 written" in told.out
+    assert "torn.fixed.json is not written: " in told.err
+    assert main(arguments) == 2
+    assert "spaces.fixed.json exists already; nothing is overwritten" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_torn_tokenizer_is_told(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(LLAMA, tmp_path / "tok")
+    (tmp_path / "tok" / name).write_text('{"a":')
+    mixed(tmp_path, 3)
+    assert main(["index", "--root", str(tmp_path), "mixed.json", "--tokenizer", str(tmp_path / "tok")]) == 2
+    assert f"prepare: {tmp_path}/tok/{name}: not a " in capsys.readouterr().err
+
+
 def test_index_is_the_one_that_training_opens(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     mixed(tmp_path, 12)
     arguments = ["index", "--root", str(tmp_path), "mixed.json", "--tokenizer", LLAMA]
@@ -161,6 +185,46 @@ def test_convert_writes_the_schema(tmp_path: Path, capsys: pytest.CaptureFixture
     assert main(["convert", "mimic-it-pictures", str(source), "--out", str(tmp_path / "LA")]) == 1
     assert "BAD: not base64" in capsys.readouterr().out
     assert (tmp_path / "LA" / "IMG.jpg").is_file()
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "words"),
+    [
+        ("llava", '[{"conversations": []}, {"id": 1}]', "record 1: there is no 'conversations', only 'id'"),
+        (
+            "llava",
+            '[{"conversations": []}, {"image": "a", "conversations": ["x"]}]',
+            "record 1: not as llava's publisher",
+        ),
+        (
+            "svit",
+            '[{"image_id": 1, "question": "A?"}]',
+            "record 0: there is no 'conversations', only 'image_id'",
+        ),
+        ("lrv", '[{"image_id": 1, "question": null, "answer": ""}]', "record 0: not as lrv's publisher"),
+        ("mimic-it", '{"date": {}}', "there is no 'data', only 'date'; is this the file of another kind?"),
+        ("mimic-it", '{"data": {"A_1": {"instruction": 5, "answer": ""}}}', "record A_1: not as mimic-it's"),
+        ("mimic-it", '{"data": ' + "[" * 5000, "record 0: not valid JSON (nested too deeply)"),
+        ("mimic-it", '{"data": ' + "9" * 5000 + "}", "record 0: not valid JSON (a number of thousands"),
+    ],
+)
+def test_what_a_converter_cannot_read_is_told_with_its_place(
+    kind: str, text: str, words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "raw.json").write_text(text)
+    assert main(["convert", kind, str(tmp_path / "raw.json"), "--out", str(tmp_path / "out.json")]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith(f"prepare: {tmp_path}/raw.json")
+    assert words in told
+    assert [path.name for path in tmp_path.iterdir()] == ["raw.json"]
+
+
+def test_two_outputs_need_two_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mixed(tmp_path, 3)
+    out = str(tmp_path / "out.json")
+    assert main(["convert", "llava", str(tmp_path / "mixed.json"), "--out", out, "--texts", out]) == 2
+    assert "two files are to be written there" in capsys.readouterr().err
+    assert not Path(out).exists()
 
 
 @pytest.mark.parametrize(

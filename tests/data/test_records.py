@@ -60,6 +60,10 @@ def test_every_spacing_and_chunk_size(
         (b'[{"a": "\xff\xfe"}]', "record 0: not valid JSON (the text is not UTF-8)"),
         (b'[{"a": 1}]\n \n[{"a": 2}]', "line 3, byte 13, record 1: not valid JSON (more follows its end)"),
         (b'[{"a": 1}]' + b" " * CHUNK + b"x", f"byte {CHUNK + 10}, record 1: not valid JSON (more follows"),
+        (
+            b'[{"a": 1},\n{"a": ' + b"9" * 5000 + b"}]",
+            "line 2, byte 11, record 1: not valid JSON (a number of",
+        ),
         (b'{"a": 1}\n]', "line 2, byte 9, record 1: not valid JSON"),
         (b'[{"a": 1}, oops]', "record 1: not valid JSON"),
     ],
