@@ -7,6 +7,7 @@ something would be lost or is missing, 2 the command cannot be carried out.
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import shlex
 import shutil
@@ -14,6 +15,11 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
+
+if __name__ == "__main__":
+    # Run as a file, Python puts data/ at the head of the path; the repository belongs there.
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    importlib.import_module("launch.door").enter("data.prepare")  # and so this file is imported, not run
 
 Triple = tuple[float, float, float]
 GIGA = 1e9
@@ -90,6 +96,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     try:
         return COMMANDS[options.command](options)
+    except BrokenPipeError:  # whoever reads has enough
+        raise
     except (ValueError, OSError, KeyError) as error:
         words = f"a record lacks {error}" if isinstance(error, KeyError) else str(error)
         if isinstance(error, OSError):
@@ -340,9 +348,3 @@ def _tokenizer(options: argparse.Namespace):  # type: ignore[no-untyped-def]
     from data.tokenizer_file import TokenizerFile
 
     return TokenizerFile(options.tokenizer) if options.tokenizer else None
-
-
-if __name__ == "__main__":
-    # Run as a file, Python puts data/ at the head of the path; the repository belongs there.
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-    sys.exit(main())
