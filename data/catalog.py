@@ -10,12 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Literal
 
 HUB = "LanguageBind/MoE-LLaVA"  # data set id of annotations and archives on the Hugging Face hub
 ANNOTATION_FOLDERS = ("", "train_json", "pt_json", "ft_json")  # under DATA_ROOT, in this order
-
-Schema = Literal["llava", "svit", "lvis", "lrv", "mimic-it"]
 
 
 @dataclass(frozen=True)
@@ -46,7 +43,6 @@ class Dataset:
     archive: Archive | None = None
     page: str = ""
     hub: str = ""  # the original publisher's data set id
-    schema: Schema = "llava"  # the original publisher's format, for `prepare.py convert`
     licence: str = ""  # what the publisher's page says; `terms` says where, and that nobody has verified it
     note: str = ""
 
@@ -86,7 +82,6 @@ _ROWS = (
         archive=Archive("svit_tune.zip", 12.4),
         page="https://github.com/BAAI-DCAI/Visual-Instruction-Tuning",
         hub="BAAI/SVIT",
-        schema="svit",
         licence="says CC BY 4.0, and to keep to the rules of each source; made with GPT-4",
         note="the publisher's own images.zip was corrupt: take Visual Genome's images.zip and images2.zip",
     ),
@@ -99,7 +94,6 @@ _ROWS = (
         archive=Archive("lvis_tune.zip", 18.0),
         page="https://github.com/X2FD/LVIS-INSTRUCT4V",
         hub="X2FD/LVIS-Instruct4V",
-        schema="lvis",
         licence="names none; the code's is MIT; made with GPT-4V",
         note="alone it gives poor models; it is meant to be mixed",
     ),
@@ -111,7 +105,6 @@ _ROWS = (
         megabytes=137,
         archive=Archive("lrv_tune.zip", 3.02),
         page="https://github.com/FuxiaoLiu/LRV-Instruction",
-        schema="lrv",
         licence="the repository's is BSD 3-Clause; made with GPT-4",
     ),
     Dataset(
@@ -123,7 +116,6 @@ _ROWS = (
         archive=Archive("LA.zip", 8.41, into="mimicit_tune"),
         page="https://github.com/Luodian/Otter/tree/main/mimic-it",
         hub="pufanyi/MIMICIT",
-        schema="mimic-it",
         licence="says MIT, in an agreement for scientific or research use only",
     ),
     Dataset(

@@ -157,21 +157,3 @@ def positions(segments: Tensor) -> Tensor:
     starts = torch.ones_like(segments, dtype=torch.bool)
     starts[:, 1:] = segments[:, 1:] != segments[:, :-1]
     return steps - torch.where(starts, steps, 0).cummax(dim=1).values
-
-
-def block_mask(segments: Tensor) -> Tensor:
-    """Who attends to whom, bool [B, 1, S, S]: earlier tokens of the same sample; padding sees padding."""
-    same = segments[:, :, None] == segments[:, None, :]
-    length = segments.shape[1]
-    causal = torch.ones(length, length, dtype=torch.bool, device=segments.device).tril()
-    return (same & causal)[:, None]
-
-
-def boundaries(segments: Tensor) -> Tensor:
-    """Cumulative lengths, int32 [pieces + 1], of the flattened rows, as varlen attention takes them."""
-    flat = segments.flatten()
-    starts = torch.ones_like(flat, dtype=torch.bool)
-    starts[1:] = flat[1:] != flat[:-1]
-    starts[:: segments.shape[1]] = True
-    ends = torch.tensor([len(flat)], device=flat.device)
-    return torch.cat([starts.nonzero().flatten(), ends]).to(torch.int32)

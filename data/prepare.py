@@ -7,7 +7,7 @@ something would be lost or is missing, 2 the command cannot be carried out.
 from __future__ import annotations
 
 import argparse
-import io
+import importlib
 import os
 import shlex
 import shutil
@@ -15,6 +15,11 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
+
+if __name__ == "__main__":
+    # Run as a file, Python puts data/ at the head of the path; the repository belongs there.
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+    importlib.import_module("launch.door").enter("data.prepare")  # and so this file is imported, not run
 
 Triple = tuple[float, float, float]
 GIGA = 1e9
@@ -88,12 +93,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Carry out a command; its exit code."""
     from data.words import refused
 
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a record may say what the terminal cannot
-            stream.reconfigure(errors="backslashreplace")
     options = parser().parse_args(arguments)
     try:
         return COMMANDS[options.command](options)
+    except BrokenPipeError:  # whoever reads has enough
+        raise
     except (ValueError, OSError, KeyError) as error:
         words = f"a record lacks {error}" if isinstance(error, KeyError) else str(error)
         if isinstance(error, OSError):
@@ -353,9 +357,3 @@ def _tokenizer(options: argparse.Namespace):  # type: ignore[no-untyped-def]
     from data.tokenizer_file import TokenizerFile
 
     return TokenizerFile(options.tokenizer) if options.tokenizer else None
-
-
-if __name__ == "__main__":
-    # Run as a file, Python puts data/ at the head of the path; the repository belongs there.
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-    sys.exit(main())

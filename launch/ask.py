@@ -47,6 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 raise ValueError(f"{image}: {what}")
         given.checkpoint = newest(given.checkpoint)
         return _converse(given)
+    except BrokenPipeError:  # whoever reads has enough
+        raise
     except (ValueError, RuntimeError, OSError) as wrong:
         print(f"error: {wrong}", file=sys.stderr)
         return USAGE

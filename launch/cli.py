@@ -77,11 +77,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     try:
         return _main(arguments)
-    except BrokenPipeError:
-        os.dup2(
-            os.open(os.devnull, os.O_WRONLY), 1
-        )  # `| head` has closed it; Python would complain at its exit
-        return OK
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here, and submits nothing twice", file=sys.stderr)
         return INTERRUPTED

@@ -188,6 +188,9 @@ class Text:
 
     def _sound(self, event: yaml.ScalarEvent) -> str:
         """The scalar's text; JSON's surrogate pairs are joined, and half of one is no text."""
+        if "\0" in event.value:  # from an escape; no path, variable or script can hold it
+            self._tell(event, "the character U+0000 is in no setting", "delete the \\0")
+            return "?"
         try:
             return event.value.encode("utf-16", "surrogatepass").decode("utf-16")
         except UnicodeDecodeError:

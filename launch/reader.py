@@ -59,7 +59,7 @@ class Files:
         if root is None or not isinstance(root.value, dict):
             self.broken = True
             if len(self.faults) == before and (root is None or root.empty):
-                self.tell(Place(name), "is empty")
+                self.tell(Place(name), "is empty", "begin with `inherits:` and the file that it changes")
             elif root is not None:
                 self.tell(root.place, f"expected settings, `key: value`, got {shorten(str(root))}")
             return None

@@ -16,6 +16,7 @@ from launch.once import once
 
 HIDDEN = "[hidden]"
 PLANTED = "holds a secret"  # what a fault says of a setting
+FOLDERS = ("PWD", "OLDPWD")  # every shell's folder and the one before it: paths of messages begin with them
 
 _NAME = re.compile(
     r"(?:^|[_\-.])(?:secrets?|tokens?|passw(?:or)?d|passphrase|pwd|api_?keys?|access_?keys?|private_?keys?|jwt|cookie"
@@ -43,7 +44,13 @@ def secret_name(name: str) -> bool:
 def environment_secrets(environment: Mapping[str, str] | None = None) -> tuple[str, ...]:
     """The values of the environment's secrets that are long enough to be recognised in other texts."""
     environment = os.environ if environment is None else environment
-    return tuple({value for name, value in environment.items() if secret_name(name) and len(value) >= 8})
+    return tuple(
+        {
+            value
+            for name, value in environment.items()
+            if secret_name(name) and name not in FOLDERS and len(value) >= 8
+        }
+    )
 
 
 def redact(value: Any, known: tuple[str, ...] | None = None) -> Any:

@@ -7,9 +7,6 @@ if __name__ == "__main__":
     # As in launch/submit.py: this checkout's packages, whatever else is installed.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-    try:
-        from launch.operating.verbs import main
+    from launch.door import enter
 
-        sys.exit(main())
-    except KeyboardInterrupt:  # before there was anything to stop
-        sys.exit(130)
+    enter("launch.operating.verbs")

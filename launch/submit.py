@@ -8,9 +8,6 @@ if __name__ == "__main__":
     # `data` are then this checkout's, whatever else is installed, and no module of launch/ is imported twice.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-    try:
-        from launch.cli import main
+    from launch.door import enter
 
-        sys.exit(main())
-    except KeyboardInterrupt:  # before there was anything to stop
-        sys.exit(130)
+    enter("launch.cli")

@@ -7,6 +7,7 @@ utilization" (arXiv 2204.02311, appendix B), which counts attention's masked hal
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from torch import nn
@@ -15,12 +16,13 @@ from moe.optim import is_expert
 from moe.parts import whole_size
 from moe.vlm import VLM
 
-# Dense bfloat16 peak of one device, in TFLOP/s, by a part of the name that torch.cuda.get_device_name gives; the
-# first that fits. From NVIDIA's data sheets (B200, H200, H100, A100, A40, A30, A10, L40S, L40, L4), which print
-# twice as much for weights with 2:4 sparsity.
+# Dense bfloat16 peak of one device, in TFLOP/s, by whole words of the name that torch.cuda.get_device_name gives; the
+# first that fits (a GB200 or an A10G is no B200 or A10). From NVIDIA's data sheets (B200, H200, H100, A100, A40, A30,
+# A10, L40S, L40, L4), which print twice as much for weights with 2:4 sparsity.
 PEAKS: tuple[tuple[str, float], ...] = (
     ("B200", 2250.0),
     ("GH200", 989.4),
+    ("H200 NVL", 835.5),
     ("H200", 989.4),
     ("H100 PCIe", 756.0),
     ("H100 NVL", 835.5),
@@ -37,7 +39,7 @@ PEAKS: tuple[tuple[str, float], ...] = (
 
 def peak(device: str) -> float | None:
     """The device's peak in FLOP/s, None where the table does not have it."""
-    return next((value * 1e12 for name, value in PEAKS if name in device), None)
+    return next((value * 1e12 for name, value in PEAKS if re.search(rf"\b{name}\b", device)), None)
 
 
 @dataclass(frozen=True)

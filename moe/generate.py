@@ -10,7 +10,6 @@ that share experts answer in step: whoever has finished makes passes without tok
 from __future__ import annotations
 
 import importlib
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 if __name__ == "__main__":
     # Run as a file, Python puts moe/ at the head of the path; the repository belongs there.
     sys.path[0] = str(Path(__file__).resolve().parents[1])
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while torch is imported ends in silence
+    importlib.import_module("launch.door").enter("launch.ask")  # and so this file is imported, not run
 
 import torch
 import torch.distributed as dist
@@ -138,9 +137,3 @@ def _any(running: Tensor, groups: Groups) -> bool:
 def main(arguments: Sequence[str] | None = None) -> int:
     """As `launch.ask.main`: the command puts model and data together, which only launch may."""
     return int(importlib.import_module("launch.ask").main(arguments))
-
-
-if __name__ == "__main__":
-    importlib.import_module("launch.ask")
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    sys.exit(main())

@@ -31,7 +31,7 @@ def main(options: argparse.Namespace) -> int:
     try:
         site = settings.read()
     except SlurmError as error:
-        print(f"error: SLURM: {error}", file=sys.stderr)
+        print(f"error: SLURM: {error}\n  hint: ask on a login node of the cluster", file=sys.stderr)
         return NO_SLURM
     try:
         partition = preset.choose(site, options.partition)

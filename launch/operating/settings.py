@@ -37,7 +37,6 @@ class Partition:
     grace: int
     preempt_mode: str
     max_time: int
-    max_nodes: int  # 0 for no limit
     accounts: tuple[str, ...]  # that may use it; empty: all
     nodes: tuple[Nodes, ...] = ()
 
@@ -192,7 +191,6 @@ def parse_partitions(text: str, shapes: Mapping[str, tuple[Nodes, ...]]) -> tupl
                 grace=_int(facts.get("GraceTime", "0")),
                 preempt_mode=facts.get("PreemptMode", ""),
                 max_time=seconds(facts.get("MaxTime", "")),
-                max_nodes=_int(facts.get("MaxNodes", "")),
                 accounts=() if accounts == "ALL" else tuple(accounts.split(",")),
                 nodes=shapes.get(facts["PartitionName"], ()),
             )

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launch.arguments import Parser, positive, whole
-from launch.exits import INTERRUPTED, OK, USAGE
+from launch.exits import INTERRUPTED, USAGE
 from launch.operating.address import HELP, choose
 from launch.record import find_runs
 from launch.snapshot import REPOSITORY
@@ -130,10 +130,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return USAGE
     except KeyboardInterrupt:
         return INTERRUPTED
-    except BrokenPipeError:
-        # `| head` closed it; Python would complain at its exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        return OK
 
 
 def _take(command: argparse.ArgumentParser, options: argparse.Namespace, more: Sequence[str]) -> None:

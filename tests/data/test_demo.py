@@ -231,3 +231,14 @@ def test_missing_photos_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     monkeypatch.setitem(studio.PHOTOS, "dodo.png", "a dodo")
     with pytest.raises(studio.DemoError, match=r"has no dodo\.png"):
         demo.make(tmp_path / "root")
+
+
+@pytest.mark.parametrize("scale", ["nan", "inf", "-1", "0", "much", "1001"])
+def test_a_scale_that_no_number_of_samples_has_is_told(
+    scale: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        demo.main([str(tmp_path / "root"), f"--scale={scale}"])
+    assert end.value.code == 2
+    assert f"expected a number above 0, at most 1000, got '{scale}'" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []

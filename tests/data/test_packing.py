@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data import packing
-from data.packing import block_mask, boundaries, pack, positions
+from data.packing import pack, positions
 
 from .places import mixed
 from .support import tokenizer
@@ -57,14 +57,17 @@ def test_slots_are_filled(capacity: int, least: float) -> None:
     assert sum(lengths) / (len(bins) * capacity) >= least
 
 
-def test_positions_mask_and_boundaries() -> None:
+def test_positions_begin_anew_with_each_sample() -> None:
     segments = torch.tensor([[1, 1, 1, 2, 2, 0], [1, 2, 3, 3, 3, 3]])
     assert positions(segments).tolist() == [[0, 1, 2, 0, 1, 0], [0, 0, 0, 1, 2, 3]]
-    assert boundaries(segments).tolist() == [0, 3, 5, 6, 7, 8, 12]
-    mask = block_mask(segments)[0, 0].int().tolist()
-    assert mask[2] == [1, 1, 1, 0, 0, 0]
-    assert mask[3] == [0, 0, 0, 1, 0, 0]
-    assert mask[5] == [0, 0, 0, 0, 0, 1]
+
+
+def block_mask(segments: torch.Tensor) -> torch.Tensor:
+    """Who attends to whom, bool [B, 1, S, S]: earlier tokens of the same sample; padding sees padding."""
+    same = segments[:, :, None] == segments[:, None, :]
+    length = segments.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool, device=segments.device).tril()
+    return (same & causal)[:, None]
 
 
 def told(batch: dict[str, torch.Tensor]) -> list[int]:

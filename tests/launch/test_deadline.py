@@ -125,7 +125,7 @@ def test_doctor_says_whether_a_save_fits_into_what_a_preemption_leaves(
     write_json(folder.run_file, {"name": "x/run"})
     folder.note("saved", step=1, seconds=41.0)
     site = Site({"KillWait": "30 sec"}, ())
-    partition = Partition("main", True, True, grace, "REQUEUE", 0, 0, ())
+    partition = Partition("main", True, True, grace, "REQUEUE", 0, ())
     found = list(saves(site, partition, tmp_path / "runs"))
     assert [row[:3] for row in found] == [("slowest save", "41 s (x)", level)]
     assert ("30 s (KillWait)" in found[0][3]) is (level == "warn")

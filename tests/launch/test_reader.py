@@ -239,6 +239,7 @@ MESSAGES = [
     ('shop: "\\d"', "4:9: error: no such escape", "in double quotes a backslash is written twice"),
     ('shop: "\\UFFFFFFFF"', "1:1: error: not YAML: ", ""),
     ('shop: {a: "\\ud800"}', "4:11: error: half of a character (a lone surrogate) is no text", ""),
+    ('shop: {a: "x\\0"}', "4:11: error: the character U+0000 is in no setting", "delete the \\0"),
     ("shop: {a: \x07}", "4:11: error: the character U+0007 is not allowed in YAML", "delete it"),
     ("shop: &a {}", "", ""),
     ("shop: {a: *b}", "4:11: error: *b is a YAML alias, which a spec does not have", "share it by inherits"),
@@ -271,10 +272,11 @@ def test_what_is_wrong_is_told_once_with_its_place_and_a_way_out(line: str, mess
     assert bool(hint) == ("= hint:" in found), found
 
 
+EMPTY = "x.yaml: error: is empty\n      = hint: begin with `inherits:` and the file that it changes"
 WHOLE = [
-    ("", "x.yaml: error: is empty"),
-    ("# only this\n", "x.yaml: error: is empty"),
-    ("---\n", "x.yaml: error: is empty"),
+    ("", EMPTY),
+    ("# only this\n", EMPTY),
+    ("---\n", EMPTY),
     ("- a\n", "x.yaml:1:1: error: expected settings, `key: value`, got '[a]'\n    1 | - a\n      | ^"),
     ("hello\n", "x.yaml:1:1: error: expected settings, `key: value`, got 'hello'\n    1 | hello\n      | ^"),
     (

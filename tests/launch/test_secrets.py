@@ -17,7 +17,7 @@ from launch.operating.verbs import main as operate
 from launch.plan import make
 from launch.reader import SpecError
 from launch.record import RunFolder
-from launch.redact import planted
+from launch.redact import environment_secrets, planted, redact_text
 from launch.tracking import trackers
 from tests.launch import tracked
 from tests.launch.chain import fake_slurm, path_with, write
@@ -194,3 +194,10 @@ def test_the_report_of_runs_hides_what_settings_hold(tmp_path: Path) -> None:
     page = (root / "s3" / "report.html").read_bytes()
     assert leaks(page) == []
     assert b"[hidden]" in page
+
+
+def test_the_folder_that_a_shell_is_in_is_no_secret_though_its_variable_is_called_as_a_password_is() -> None:
+    folder, other = "/home/anna/moe-vlm", "/home/anna/runs"
+    known = environment_secrets({"PWD": folder, "OLDPWD": other, "DB_PWD": "hunter2hunter2"})
+    told = f"{folder}/launch/job.py: {other}/a is not there; hunter2hunter2"
+    assert redact_text(told, known) == f"{folder}/launch/job.py: {other}/a is not there; [hidden]"

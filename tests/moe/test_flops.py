@@ -66,12 +66,13 @@ def test_a_token_s_own_experts_count_and_no_others() -> None:
 
 @pytest.mark.parametrize(
     ("device", "tflops"),
-    [("NVIDIA H100 80GB HBM3", 989.4), ("NVIDIA H100 PCIe", 756.0), ("NVIDIA H200", 989.4),
+    [("NVIDIA H100 80GB HBM3", 989.4), ("NVIDIA H100 PCIe", 756.0), ("NVIDIA H200", 989.4), ("NVIDIA H200 NVL", 835.5),
      ("NVIDIA A100-SXM4-80GB", 312.0), ("NVIDIA L40S", 362.0), ("NVIDIA L4", 121.0), ("NVIDIA A40", 149.7)],
 )  # fmt: skip
 def test_peaks_are_found_by_the_names_devices_give_themselves(device: str, tflops: float) -> None:
     assert flops.peak(device) == tflops * 1e12
 
 
-def test_an_unknown_device_has_no_peak() -> None:
-    assert flops.peak("NVIDIA GeForce GTX 1080") is None
+@pytest.mark.parametrize("device", ["NVIDIA GeForce GTX 1080", "NVIDIA GB200", "NVIDIA A10G", "NVIDIA A1000"])
+def test_an_unknown_device_has_no_peak_though_its_name_holds_a_known_one_s(device: str) -> None:
+    assert flops.peak(device) is None
