@@ -83,19 +83,19 @@ def test_check_and_fix(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert "LOST  tokenizer: the template ends turns with '</s>'" in capsys.readouterr().out
 
 
-def test_a_torn_file_keeps_no_other_from_being_fixed(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_torn_file_keeps_no_other_from_being_fixed(tmp_path: Path) -> None:
     (tmp_path / "torn.json").write_text('[{"id": 1, "conversations": []}, {"id"')
     write(tmp_path, "spaces.json", [{**record("A?", " B. "), "id": "\ud800"}])
     arguments = ["check", "--root", str(tmp_path), "torn.json", "spaces.json", "--no-pictures", "--fix"]
-    assert main(arguments) == 2
-    told = capsys.readouterr()
-    assert "spaces.json, record 0 (id \\ud800): turn 2" in told.out
-    assert "spaces.fixed.json: 1 stripped an answer, 1 written" in told.out
-    assert "torn.fixed.json is not written: " in told.err
-    assert main(arguments) == 2
-    assert "spaces.fixed.json exists already; nothing is overwritten" in capsys.readouterr().err
+    command = [sys.executable, str(DOOR), *arguments]
+    told = subprocess.run(command, capture_output=True, text=True)
+    assert told.returncode == 2
+    assert "spaces.json, record 0 (id \\ud800): turn 2" in told.stdout
+    assert "spaces.fixed.json: 1 stripped an answer, 1 written" in told.stdout
+    assert "torn.fixed.json is not written: " in told.stderr
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert again.returncode == 2
+    assert "spaces.fixed.json exists already; nothing is overwritten" in again.stderr
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
