@@ -1,7 +1,7 @@
 """launch.job with a stand-in for launch.stage: ranks that start in no time and end as a test asks for.
 
-`acts.json` in the run folder has a word for each attempt: `finish`, `run` (until warned), or `stop 1`, `kill 1`,
-`raise 1` for what becomes of rank 1 after step 50.
+`acts.json` in the run folder has a word for each attempt whose ranks start: `finish`, `run` (until warned), or
+`stop 1`, `kill 1`, `raise 1` for what becomes of rank 1 after step 50.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ def run_stage(
 ) -> str:
     """As launch.stage's, without the training."""
     acts = json.loads((folder.path / "acts.json").read_text())
-    # A successor's first attempt is its run's second; all ranks must count alike. Some attempts have no ranks.
-    before = {r["attempt"] for r in folder.journal if r["event"] in ("launched", "verdict")} - {place.attempt}
+    # All ranks must count alike, whatever the watch has said by now of attempts that had none; a successor's first
+    # attempt is its run's second.
+    before = {r["attempt"] for r in folder.journal if r["event"] == "launched"} - {place.attempt}
     number = len(before)
     act, _, rank = acts[min(number, len(acts) - 1)].partition(" ")
     facts: dict[str, Any] = {"attempt": place.attempt, "world": place.world, "node": place.node}

@@ -26,7 +26,7 @@ def test_the_last_run_that_slurm_holds_is_let_go_by_a_job_that_never_starts_whil
     slurm = private_slurm(
         nodes=3, kill_wait=5, slurmd_timeout=30, message_timeout=2, extra=("BatchStartTimeout=1",)
     )
-    run = Submitted(slurm, tmp_path, "run", "run", "finish", lifeline=Duration(WAIT))
+    run = Submitted(slurm, tmp_path, "run", "finish", lifeline=Duration(WAIT))
     place = tmp_path / "runs" / ".lifeline"
 
     def waits() -> dict[str, Any] | None:

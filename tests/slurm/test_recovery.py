@@ -132,7 +132,7 @@ def test_a_requeue_before_the_ranks_start_is_not_lost_and_an_srun_that_hangs_is_
         f"touch {tmp_path}/up",
         "sleep $((SLURM_RESTART_COUNT ? 0 : 60))",
     )
-    run = Submitted(slurm, tmp_path, "run", "run", "raise 1", setup=slow, load_within=Duration(3))
+    run = Submitted(slurm, tmp_path, "raise 1", setup=slow, load_within=Duration(3))
     slurm.wait(lambda: (tmp_path / "up").exists(), 30)
     assert "x: " in run.runs("requeue", "x")
     run.again(1)
