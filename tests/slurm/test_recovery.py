@@ -254,6 +254,33 @@ def test_where_a_lost_node_ends_a_job_for_good_its_spare_goes_on(slurm: PrivateS
     assert run.state()[0] == "cancelled"
 
 
+def test_a_lost_node_is_not_taken_for_scancel_where_requeueing_is_forbidden(
+    private_slurm: Callable[..., PrivateSlurm], tmp_path: Path
+) -> None:
+    slurm = private_slurm(requeue=False, kill_wait=20)
+    run = Submitted(slurm, tmp_path, "run", "finish", sbatch={"requeue": "no"})
+    slurm.wait(lambda: run.of("start"), 30)
+    (other,) = set(slurm.job(run.id).nodes) - {run.of("start")[0]["node"]}
+    slurm.kill_node(other)
+    slurm.run(["scontrol", "update", f"nodename={other}", "state=down", "reason=test"])
+    slurm.wait(lambda: run.state()[0] in ("done", "cancelled", "failed", "stopped"), 60, every=0.5)
+    assert run.state()[0] == "done"
+    assert [record["after"] for record in run.of("submitting") if "after" in record] == [run.id]
+
+
+def test_a_verdict_that_is_killed_is_spoken_all_the_same(slurm: PrivateSlurm, tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    mark = tmp_path / "killed"
+    python.write_text(
+        f'#!/bin/sh\n[ "$2" = launch.verdict ] && mkdir {mark} 2>/dev/null && kill -9 $$\nexec {sys.executable} "$@"\n'
+    )
+    python.chmod(0o755)
+    run = Submitted(slurm, tmp_path, "raise 1", "finish", python=str(python))
+    assert [(r["verdict"], r["again"]) for r in run.verdicts(1)] == [("error", True)]
+    assert mark.exists()
+    run.again(1)
+
+
 def test_the_spare_of_a_job_that_scancel_ended_between_two_attempts_ends_as_it_begins(
     slurm: PrivateSlurm, tmp_path: Path
 ) -> None:
