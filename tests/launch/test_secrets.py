@@ -17,7 +17,7 @@ from launch.operating.verbs import main as operate
 from launch.plan import make
 from launch.reader import SpecError
 from launch.record import RunFolder
-from launch.redact import planted
+from launch.redact import environment_secrets, planted
 from launch.tracking import trackers
 from tests.launch import tracked
 from tests.launch.chain import fake_slurm, path_with, write
@@ -178,6 +178,13 @@ def test_a_secret_in_a_spec_is_refused_and_not_repeated(tmp_path: Path, setting:
 )
 def test_where_a_secret_lies_is_no_secret(value: dict[str, object]) -> None:
     assert list(planted(value)) == []
+
+
+def test_where_a_process_stands_is_no_secret() -> None:
+    """A shell exports it, and it is half of every traceback."""
+    assert environment_secrets({"PWD": "/home/someone/project", "DB_PWD": "correct horse"}) == (
+        "correct horse",
+    )
 
 
 def test_the_report_of_runs_hides_what_settings_hold(tmp_path: Path) -> None:
