@@ -203,6 +203,24 @@ def test_a_verdict_that_was_killed_after_it_had_spoken_is_acted_on_and_counted_o
     assert job.verdicts() == [("error", True)]  # by a second one, its budget would be used up
 
 
+def test_a_requeue_names_one_element_and_one_that_is_pending_already_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = Job(tmp_path, monkeypatch)
+    monkeypatch.setenv("SLURM_JOB_ID", "1")  # the last element's, and the whole array's
+
+    def call(*command: str, **_: object) -> str:
+        said = job.call(*command)
+        if command[:2] == ("scontrol", "requeue"):
+            raise cluster.SlurmError("Job is pending execution for job 1_0")
+        return said
+
+    monkeypatch.setattr(cluster, "call", call)
+    assert verdict.main([str(job.batch), "143"]) == 1
+    assert [words for words in job.asked if "requeue" in words] == ["scontrol requeue 1_0"]
+    assert not [words for words in job.asked if words.startswith("sbatch")]
+
+
 def test_where_a_new_job_cannot_be_written_down_the_old_one_is_requeued(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
