@@ -31,7 +31,7 @@ CLUSTER = ClusterSpec(
     partition="main",
     walltime=Duration(1200),
     grace=Duration(60),
-    hang_after=Duration(3),
+    hang_after=Duration(10),  # on a machine that is busy ranks stand still for seconds
 )
 
 
@@ -87,8 +87,8 @@ def test_a_hang_and_a_lost_rank_are_named_waited_out_and_their_node_avoided(
     run.folder.note("verdict", attempt=f"{run.id}-0", verdict="infrastructure")  # as if one had been before
     first = run.verdicts(2)[1]
     assert (first["verdict"], first["again"]) == ("hang", True)
-    named = r"rank 1 on n\d was silent for \d+ s, last heard of in step [1-5]\d \(.*\): its process stands still; "
-    assert re.match(named + "the other 1 wait for it", first["reason"])
+    named = r"rank 1 on n\d was silent for \d+ s, last heard of in step 50 \(after its computing\)"
+    assert re.match(f"{named}: its process stands still; the other 1 wait for it", first["reason"])
     log = run.folder.log_of(f"{run.id}-0", 0).read_text()
     assert "run_stage" in log.split("most recent call first", 1)[1]
     assert "excluded" not in first  # a first hang may be anybody's fault
@@ -140,6 +140,8 @@ def test_a_requeue_before_the_ranks_start_is_not_lost_and_an_srun_that_hangs_is_
     verdict = run.of("verdict")[-1]
     assert verdict["reason"].startswith("no rank started within ")
     assert verdict["again"]
+    spec = run.folder.spec  # the next ranks may start as slowly as they like
+    write_json(run.folder.spec_file, {**spec, "cluster": {**spec["cluster"], "load_within": "30m"}})
     # An error is tried once more, and told with its traceback.
     slurm.wait(lambda: any(r["verdict"] == "error" for r in run.of("verdict")), 60, nudge=True)
     assert [record["attempt"] for record in run.of("start")] == [f"{run.id}-2"]
