@@ -90,14 +90,15 @@ def environment(shell: Mapping[str, str] = os.environ) -> dict[str, str]:
 def call(*command: str, timeout: float = 60, env: Mapping[str, str] = os.environ) -> str:
     """Run one SLURM command and return what it prints; raises SlurmError with its own words.
 
-    Times are printed in seconds since 1970, whatever format the site or the shell prefers.
+    Times are printed in seconds since 1970, whatever format the site or the shell prefers; what is in a hidden
+    partition is shown as well: squeue keeps even one's own jobs there to itself.
     """
     env = {
         key: value
         for key, value in env.items()
         if not key.startswith(("SBATCH_", "SQUEUE_", "SCONTROL_", "SACCT_", "SINFO_"))
     }
-    env["SLURM_TIME_FORMAT"] = "%s"
+    env |= {"SLURM_TIME_FORMAT": "%s", "SQUEUE_ALL": "1", "SINFO_ALL": "1", "SCONTROL_ALL": "1"}
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=env)
     except FileNotFoundError:

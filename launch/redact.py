@@ -44,13 +44,10 @@ def secret_name(name: str) -> bool:
 def environment_secrets(environment: Mapping[str, str] | None = None) -> tuple[str, ...]:
     """The values of the environment's secrets that are long enough to be recognised in other texts."""
     environment = os.environ if environment is None else environment
-    return tuple(
-        {
-            value
-            for name, value in environment.items()
-            if secret_name(name) and name not in FOLDERS and len(value) >= 8
-        }
+    secret = (
+        (name, value) for name, value in environment.items() if secret_name(name) and name not in FOLDERS
     )
+    return tuple({value for _, value in secret if len(value) >= 8})
 
 
 def redact(value: Any, known: tuple[str, ...] | None = None) -> Any:

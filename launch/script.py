@@ -18,6 +18,7 @@ from pathlib import Path
 import submitit
 
 from launch.spec import ClusterSpec, ExperimentSpec
+from launch.verdict import SPOKEN
 
 
 class ArrayExecutor(submitit.SlurmExecutor):  # type: ignore[misc]
@@ -49,7 +50,9 @@ def script(
     python = shlex.quote(cluster.python or sys.executable)
     # SLURM signals what this shell starts as well, a Python that is still importing included.
     verdict = f"(trap '' TERM USR2; exec {python} -m launch.verdict {shlex.quote(str(batch))} $rc)"
-    at_exit = f"rc=$?; trap - EXIT; kill $watch 2>/dev/null || :; {verdict}; exit $?"
+    # Where it is killed, for want of memory, say, or cannot start for a file server that is away, it is tried again.
+    tries = f"for n in 5 30 0; do {verdict} && exit 0; [ $? != {SPOKEN} ] || exit 1; sleep $n || :; done"
+    at_exit = f"rc=$?; trap - EXIT; kill $watch 2>/dev/null || :; {tries}; exit 1"
     attempt = "${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID-${SLURM_RESTART_COUNT:-0}"
     more: dict[str, object] = {
         "array": ",".join(_ranges(indices)) + (f"%{n}" if (n := cluster.array_parallelism) else ""),

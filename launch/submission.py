@@ -77,10 +77,16 @@ def token_of(runs: Sequence[Run], folder: Path) -> str:
     """The next free token of these runs: readable, and the same on every call until it is used."""
     facts = hashlib.sha256("".join(f"{run.index}:{run.identity}" for run in runs).encode()).hexdigest()[:10]
     base = f"{runs[0].experiment.replace('/', '-')}-{facts}"
+    taken = [f"{path.name}-" for path in (folder / "batches").glob("*")]
     attempt = 0
-    while (folder / "batches" / f"{base}-{attempt}").exists():
+    while any(name.startswith(f"{base}-{attempt}-") for name in taken):
         attempt += 1
     return f"{base}-{attempt}"
+
+
+def unique(token: str) -> str:
+    """The token as it is sent: SLURM may know jobs of the same runs in another folder, or in one that was removed."""
+    return f"{token}-{os.urandom(4).hex()}"
 
 
 def adopt(folder: Path, jobs: Callable[[], Mapping[str, cluster.Job]]) -> None:
@@ -233,7 +239,8 @@ def submit(plan: Plan, code: Path) -> Iterator[tuple[Batch, str]]:
             left = arrays.groups(missing(stage, seen.states), jobs, size)
             while left:
                 group = left.pop(0)
-                batch = Batch(stage, group.runs, group.dependency, token_of(group.runs, root), group.offset)
+                token = unique(token_of(group.runs, root))
+                batch = Batch(stage, group.runs, group.dependency, token, group.offset)
                 _clear(group.runs, seen)
                 prepare(batch, code, seen.began, seen.asked)
                 for run in group.runs:

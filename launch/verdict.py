@@ -24,6 +24,7 @@ from launch.recovery.findings import Finding, comes_back, delay, first_line, fru
 from launch.recovery.pulse import beats
 
 AWAY = 4 * 3600.0  # seconds: slurmctld is upgraded, say
+SPOKEN = 3  # exit code: the run is not done. With any other but 0 no verdict was spoken
 
 
 def speak(folder: RunFolder, attempt: str, found: Finding, *, again: bool, **more: object) -> None:
@@ -50,15 +51,16 @@ def judged(
         return found
     restarted = int(facts.get("Restarts", restarts)) > restarts
     preempted = facts.get("PreemptTime", "None") not in ("None", "Unknown", "")
+    broken = facts.get("Reason") == "NodeDown"  # and the job is not to be requeued, or SLURM had restarted it
     ending = facts.get("JobState") in ("COMPLETING", "CANCELLED") and facts.get("Reason") != "TimeLimit"
-    if ending and not restarted and not preempted:
+    if ending and not broken and not restarted and not preempted:
         return Finding("cancelled", "scancel")
     if found.verdict == "preempted":
         warned = found.reason == "SIGUSR2" and facts and not (preempted or asked)
         return Finding("timeout", found.reason) if warned or found.reason == "walltime" else found
-    if restarted:
-        if lost and not preempted:
-            return Finding("infrastructure", f"SLURM lost {', '.join(lost)}", lost)
+    if restarted or broken:
+        if (lost or broken) and not preempted:
+            return Finding("infrastructure", f"SLURM lost {', '.join(lost) or 'one of its nodes'}", lost)
         # SLURM took the nodes away and killed the ranks; whatever they say of it is a consequence.
         return Finding("preempted", "requeued by SLURM before a save")
     if ending:
@@ -89,14 +91,18 @@ def requested(folder: RunFolder) -> bool:
     return record is not None and record["event"] == "requeued"
 
 
-def requeue(element: str) -> str:
+def requeue(element: str, restarts: int) -> str:
     """Put the running element back into the queue; what SLURM said if it would not. Already requeued is success.
 
-    Where slurmctld is away it is asked again until it is back: the nodes are the job's until then.
+    Where slurmctld is away it is asked again until it is back: the nodes are the job's until then. Or it has long
+    started the next attempt elsewhere, and this node was cut off: that one is let be.
     """
     said, tries, end = "", 0, time.monotonic() + AWAY
     while tries < 3 and time.monotonic() < end:
         try:
+            facts = cluster.show(element)
+            if int(facts.get("Restarts", restarts)) > restarts or elsewhere(facts):
+                return ""
             cluster.call("scontrol", "requeue", element, timeout=30)
             return ""
         except cluster.SlurmError as error:
@@ -134,7 +140,7 @@ def stay(element: str, restarts: int, seconds: float = AWAY) -> None:
             continue  # away: it may come back without the memory of it
         if facts.get("JobState") != "RUNNING" or int(facts.get("Restarts", 0)) > restarts or elsewhere(facts):
             return
-        requeue(element)
+        requeue(element, restarts)
 
 
 def succeed(batch: Path, folder: RunFolder, attempt: str, element: str, *options: str) -> str:
@@ -144,15 +150,34 @@ def succeed(batch: Path, folder: RunFolder, attempt: str, element: str, *options
         try:
             job = successor.submit(batch, element, *options)
             break
+        except OSError as error:  # a full disk
+            return str(error)
         except cluster.SlurmError as error:
             if not cluster.UNSURE.search(str(error)) or time.monotonic() > end:
                 return str(error)
             time.sleep(5)
-    successor.take_over(folder, successor.place_of(batch, element), element)
-    for refused in successor.move(element, job):
-        folder.note("refused", attempt=attempt, what="a new dependency", reason=refused)
-    print(f"{folder.path.name}: job {job} goes on with it", flush=True)
+    refusals = successor.move(element, job)
+    with suppress(OSError):
+        successor.take_over(folder, successor.place_of(batch, element), element)
+        for refused in refusals:
+            folder.note("refused", attempt=attempt, what="a new dependency", reason=refused)
+        os.write(1, f"{folder.path.name}: job {job} goes on with it\n".encode())
     return ""
+
+
+def ask(element: str) -> dict[str, str]:
+    """What SLURM says of the job; where slurmctld is away, once it is back: until then it ends no job, nor starts one.
+
+    A node that is cut off cannot tell this from its own case, in which the run may go on elsewhere by now.
+    """
+    end = time.monotonic() + AWAY
+    while True:
+        try:
+            return cluster.show(element)
+        except cluster.SlurmError as error:
+            if not cluster.UNSURE.search(str(error)) or time.monotonic() > end:
+                return {}
+            time.sleep(5)
 
 
 def change(element: str, *settings: str) -> str:
@@ -201,31 +226,36 @@ def main(arguments: list[str]) -> int:
     restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
     attempt = f"{element}-{restarts}"
     found = of_attempt(folder, attempt, exit_code, batch / "slurm" / f"{element}_0_log.out")
-    try:
-        facts = cluster.show(element)
-    except cluster.SlurmError:
-        facts = {}  # slurmctld away: requeue below tries again, and a job that it lost anyway is in its hands
+    facts = ask(element)
+    verdicts = [r for r in folder.journal if r["event"] == "verdict" and r.get("attempt") == attempt]
+    spoken = verdicts[-1] if verdicts else {}
+    if spoken.get("late"):
+        print(f"{folder.path.name}: the attempt after {attempt} has spoken for it", flush=True)
+        return 1
     restarted = int(facts.get("Restarts", restarts)) > restarts
     if not restarted and facts.get("JobState") == "RUNNING" and elsewhere(facts):
         print(f"{folder.path.name}: attempt {attempt} runs on {facts['BatchHost']} by now", flush=True)
         return 1
-    lost = avoid.down(os.environ.get("SLURM_JOB_NODELIST", "")) if restarted else ()
+    gone = restarted or facts.get("Reason") == "NodeDown"
+    lost = avoid.down(os.environ.get("SLURM_JOB_NODELIST", "")) if gone else ()
     found = judged(found, facts, restarts, asked=requested(folder), lost=lost)
-    found = found if restarted else progress(folder, found)
-    again = restarted or comes_back(folder, found.verdict)
-    wait = delay(folder, found.verdict) if again else 0
     nodes = avoid.Nodes.of(batch.parent.parent, folder, facts)
-    with suppress(OSError):
-        nodes.blame(found, attempt)
-    excluded = nodes.avoided() if again else ()
-    stop = "" if again else held(folder, found.verdict)
-    words = (
-        f"{folder.path.name}: attempt {attempt}: {found.verdict}{': ' * bool(found.reason)}{found.reason}\n"
-    )
-    with suppress(OSError):  # a full disk keeps no run from coming back
-        os.write(1, words.encode())  # print would try again at the exit, and change the exit code
-    with suppress(OSError):
-        speak(folder, attempt, found, again=again, delay=wait, excluded=excluded, held=stop)
+    if (spoken.get("verdict"), spoken.get("reason")) == (found.verdict, found.reason):
+        # This was killed after it had spoken; what it said counts, and once.
+        again, wait, excluded = spoken["again"], spoken.get("delay", 0), tuple(spoken.get("excluded", ()))
+    else:
+        found = found if restarted else progress(folder, found)
+        again = restarted or comes_back(folder, found.verdict)
+        wait = delay(folder, found.verdict) if again else 0
+        with suppress(OSError):
+            nodes.blame(found, attempt)
+        excluded = nodes.avoided() if again else ()
+        stop = "" if again else held(folder, found.verdict)
+        words = f"{folder.path.name}: attempt {attempt}: {found.verdict}{': ' * bool(found.reason)}{found.reason}\n"
+        with suppress(OSError):  # a full disk keeps no run from coming back
+            os.write(1, words.encode())  # print would try again at the exit, and change the exit code
+        with suppress(OSError):
+            speak(folder, attempt, found, again=again, delay=wait, excluded=excluded, held=stop)
     if not again:
         successor.drop(batch, element)
         lifeline.drop(batch.parent.parent, element)
@@ -239,7 +269,7 @@ def main(arguments: list[str]) -> int:
             return 1
         with suppress(OSError):
             folder.note("refused", attempt=attempt, what="a new job", reason=said)
-    if again and (restarted or not (said := requeue(element))):
+    if again and (restarted or not (said := requeue(element, restarts))):
         settings = nodes.settings(excluded) + ((f"StartTime=now+{wait}",) if wait else ())
         if settings and (refused := change(element, *settings)):
             with suppress(OSError):
@@ -253,4 +283,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(SPOKEN if main(sys.argv[1:]) else 0)

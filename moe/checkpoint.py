@@ -150,6 +150,8 @@ class Checkpoints:
     def _commit(self, save: Save, reports: list[tuple[dict[str, Any], str]]) -> Checkpoint:
         bad = [f"rank {rank}: {error}" for rank, (_, error) in enumerate(reports) if error]
         if bad:
+            if save.guard is not None:
+                save.guard()  # a later attempt removes what this one writes: no fault of the disk's
             raise CheckpointError(self._refusal(save.step, bad))
         files: dict[str, Any] = {}
         for written, _ in reports:

@@ -213,7 +213,12 @@ def publish(partial: Path, step: int) -> Checkpoint:
     if target.exists():  # the same step again, after a fall back to an earlier one
         aside = target.with_name(f".{target.name}{REPLACED}{os.urandom(4).hex()}")
         target.rename(aside)
-    partial.rename(target)
+    try:
+        partial.rename(target)
+    except OSError:
+        if aside is not None:  # a successor's, perhaps, which has removed what this attempt wrote
+            aside.rename(target)
+        raise
     flush_folder(target.parent)
     if aside is not None:
         remove([aside])

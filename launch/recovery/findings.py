@@ -14,6 +14,8 @@ from launch.recovery.causes import CAUSES, OUT_OF_MEMORY, TOGETHER
 from launch.recovery.pulse import beats
 
 SRUN_SAW = re.compile(r"^srun: error: ([\w.-]+): task (\d+): (.+)$", re.MULTILINE)
+# Of the run: another attempt, or someone, ended this one.
+NO_FAULT = ("preempted", "held", "cancelled", "fenced")
 
 
 @dataclass(frozen=True)
@@ -124,7 +126,7 @@ def fruitless(folder: RunFolder, *verdicts: str) -> int:
             count = 0
         elif event == "verdict":
             said = record.get("verdict")
-            count += said in verdicts if verdicts else said not in ("preempted", "held", "cancelled")
+            count += said in verdicts if verdicts else said not in NO_FAULT
     return count
 
 

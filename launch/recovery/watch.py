@@ -130,9 +130,10 @@ def _ranks(ranks: list[int]) -> str:
 
 
 def note(folder: RunFolder, attempt: str, silence: Silence) -> None:
-    """Leave it for the verdict."""
+    """Leave it for the verdict; a full disk, on which ranks stand still as well, keeps none from being ended."""
     facts = {"kind": silence.kind, "message": silence.message, "ranks": silence.ranks, "nodes": silence.nodes}
-    write_json(folder.logs(attempt) / "hang.json", {**facts, "time": time.time()})
+    with contextlib.suppress(OSError):
+        write_json(folder.logs(attempt) / "hang.json", {**facts, "time": time.time()})
 
 
 def main(arguments: list[str]) -> int:
@@ -151,9 +152,10 @@ def main(arguments: list[str]) -> int:
     attempt = f"{element}-{restarts}"
     root = batch.parent.parent
     spec = folder.spec
-    if (spec.get("cluster") or {}).get("spare"):
-        successor.prepare(batch, folder, element)
-    late(root, folder, element, restarts)
+    with contextlib.suppress(OSError):  # a full disk: it watches all the same
+        if (spec.get("cluster") or {}).get("spare"):
+            successor.prepare(batch, folder, element)
+        late(root, folder, element, restarts)
     watch = Watch(Limits.of(spec), int(os.environ.get("SLURM_NTASKS", "1")))
     script = os.getppid()
     fresh = not restarts
@@ -176,8 +178,10 @@ def main(arguments: list[str]) -> int:
         if not fresh and len(seen) == watch.world:
             fresh = True
             if words := limbo.leave(folder, element, attempt):
-                print(f"watch: {words}", flush=True)
-    print(f"watch: {silence.message}; ending the attempt", flush=True)
+                with contextlib.suppress(OSError):
+                    os.write(1, f"watch: {words}\n".encode())
+    with contextlib.suppress(OSError):
+        os.write(1, f"watch: {silence.message}; ending the attempt\n".encode())
     note(folder, attempt, silence)
     if seen:
         _signal(element, DUMP)

@@ -164,6 +164,7 @@ def test_a_job_preempted_before_it_could_speak_is_told_as_that() -> None:
 
 
 ENDS, AGAIN = {"JobState": "COMPLETING"}, {"JobState": "COMPLETING", "Restarts": "1"}
+BROKEN = {**ENDS, "Reason": "NodeDown"}  # of a job that SLURM does not requeue
 OFF = {**ENDS, "PreemptTime": "1700000000"}
 RUNNING = {"JobState": "RUNNING", "Restarts": "0", "Reason": "None", "PreemptTime": "None"}
 LOST = Finding("infrastructure", "srun ended with 143")
@@ -179,6 +180,8 @@ SAVED = Finding("preempted", "SIGUSR2")
         (LOST, {**ENDS, "Reason": "TimeLimit"}, False, (), Finding("timeout", "before a save")),
         (LOST, AGAIN, False, (), Finding("preempted", "requeued by SLURM before a save")),
         (LOST, AGAIN, False, ("n2",), Finding("infrastructure", "SLURM lost n2", ("n2",))),
+        (LOST, BROKEN, False, ("n2",), Finding("infrastructure", "SLURM lost n2", ("n2",))),
+        (LOST, BROKEN, False, (), Finding("infrastructure", "SLURM lost one of its nodes")),
         (LOST, {}, True, (), Finding("preempted", "requeued on request, before its ranks could save")),
         (SAVED, {}, False, (), Finding("timeout", "SIGUSR2")),
         (SAVED, {"PreemptTime": "1700000000"}, False, (), SAVED),

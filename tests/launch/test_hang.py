@@ -24,7 +24,7 @@ def test_a_stopped_rank_is_named_and_the_run_goes_on_as_if_it_had_not_been(
     tmp_path: Path, demo_data: Path
 ) -> None:
     folder = RunFolder(tmp_path / "runs" / "hung" / "run")
-    settings = [f"train.steps={STEPS}", "train.save_every=5", "cluster.hang_after=2s", "wandb.mode=disabled"]
+    settings = [f"train.steps={STEPS}", "train.save_every=5", "cluster.hang_after=8s", "wandb.mode=disabled"]
     places = ["name=hung", f"runs={tmp_path / 'runs'}", f"data.root={demo_data}"]
     experiment = ROOT / "experiments" / "demo" / "stage1_align.yaml"
     run = subprocess.Popen(

@@ -64,6 +64,27 @@ def test_a_job_that_comes_after_its_answer_was_given_up_is_not_sent_twice(
     assert (record["job"], record["adopted"]) == ("77", True)
 
 
+def test_the_job_of_another_folder_of_the_same_runs_is_not_adopted(tmp_path: Path, slurm: Path) -> None:
+    """Nor one of a folder that was removed since, which SLURM remembers all the same."""
+    (tmp_path / "first").mkdir()
+    (tmp_path / "second").mkdir()
+    assert submit(chain.write(tmp_path / "first"), slurm=slurm).returncode == 0
+    file = chain.write(tmp_path / "second")
+    (slurm / "mode").write_text("late")
+    assert submit(file, slurm=slurm).returncode == 3
+    (slurm / "mode").unlink()
+    assert submit(file, slurm=slurm).returncode == 0
+    jobs = [
+        {
+            facts.get("job")
+            for facts in map(read_json, tmp_path.glob(f"{name}/runs/batches/*/batch.json"))
+            if facts
+        }
+        for name in ("first", "second")
+    ]
+    assert not (jobs[0] & jobs[1]) - {None}
+
+
 def test_a_job_that_never_came_is_sent_once_more(tmp_path: Path, slurm: Path) -> None:
     file = chain.write(tmp_path)
     (slurm / "mode").write_text("late")

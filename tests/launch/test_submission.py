@@ -82,6 +82,14 @@ def test_one_array_a_stage_chained_and_never_twice(tmp_path: Path, slurm: Path) 
     assert "nothing to do" in second.stdout
 
 
+def test_of_an_answer_with_the_clusters_name_the_job_is_taken(tmp_path: Path, slurm: Path) -> None:
+    sbatch = slurm / "sbatch"
+    sbatch.write_text(sbatch.read_text().replace("print(100 + count)", 'print(f"{100 + count};c1")'))
+    (slurm / "squeue").write_text("#!/bin/sh\n")  # where it would find the job by its token
+    assert submit(chain.write(tmp_path), slurm=slurm).returncode == 0
+    assert sent(slurm)[1]["argv"][1] == "--dependency=afterok:100_0"  # type: ignore[index]
+
+
 def test_equal_sweeps_are_chained_element_by_element(tmp_path: Path, slurm: Path) -> None:
     sweep = "sweep: {train.optim.lr: [1e-5, 2e-5]}\n"
     submit(chain.write(tmp_path, sweep2=sweep, sweep3=sweep), slurm=slurm)

@@ -121,13 +121,16 @@ def test_a_controller_that_is_away_is_asked_until_it_is_back(
 
     monkeypatch.setattr(cluster, "call", call)
     monkeypatch.setattr("time.sleep", slept.append)
-    assert verdict.requeue("1_0") == ""
+    assert verdict.requeue("1_0", 0) == ""
     assert (len(slept), sum(slept) > 200) == (50, True)
+    said[:] = ["Unable to contact slurm controller (connect failure)"] * 50
+    assert verdict.ask("1_0") == {}
+    assert not said
     said[:] = ["Invalid job id specified"] * 5
-    assert verdict.requeue("1_0") == "Invalid job id specified"
+    assert verdict.requeue("1_0", 0) == "Invalid job id specified"
     assert len(said) == 2
     said[:] = ["Requested operation is presently disabled"] * 5
-    assert verdict.requeue("1_0")
+    assert verdict.requeue("1_0", 0)
     assert len(said) == 4
 
     # Where jobs are not requeued, it is asked for a new one in the same way.
@@ -147,6 +150,86 @@ def test_a_controller_that_is_away_is_asked_until_it_is_back(
     assert (folder.last("submitting") or {})["after"] == "1_0"
     answers[:] = ["Job violates accounting/QOS policy"]
     assert verdict.succeed(tmp_path / "b", folder, "2_0-0", "2_0") == "Job violates accounting/QOS policy"
+
+
+class Job:
+    """Element 1_0 of a run, as its batch script's environment and scontrol have it."""
+
+    def __init__(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.facts, self.asked = "JobState=RUNNING Restarts=0 Reason=None", list[str]()
+        self.folder, self.batch = RunFolder(root / "run"), root / "batches" / "b"
+        self.folder.path.mkdir()
+        write_json(self.batch / "plan.json", {"code": "c", "runs": {"0": str(self.folder.path)}})
+        for name, value in {"ARRAY_JOB_ID": "1", "ARRAY_TASK_ID": "0", "JOB_NODELIST": "n1"}.items():
+            monkeypatch.setenv(f"SLURM_{name}", value)
+        monkeypatch.setattr(cluster, "call", self.call)
+        monkeypatch.setattr("time.sleep", lambda seconds: None)
+
+    def call(self, *command: str, **_: object) -> str:
+        self.asked.append(" ".join(command))
+        if command[:2] == ("scontrol", "requeue"):
+            self.facts = "JobState=PENDING Restarts=1 Reason=BeginTime"
+        return f"JobId=1 {self.facts}\n" if "job" in command else ""
+
+    def verdicts(self) -> list[tuple[str, bool]]:
+        return [(r["verdict"], r["again"]) for r in self.folder.journal if r["event"] == "verdict"]
+
+
+def test_a_node_that_was_cut_off_lets_the_attempt_be_that_runs_elsewhere_by_now(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its batch script hears of the next attempt only when the network is back: a requeue would end that one."""
+    job = Job(tmp_path, monkeypatch)
+    job.facts = "JobState=RUNNING Restarts=1 Reason=None"
+    assert verdict.requeue("1_0", 0) == ""
+    assert not [words for words in job.asked if "requeue" in words]
+    # The next attempt has told already why this one ended.
+    verdict.speak(job.folder, "1_0-0", Finding("infrastructure", "SLURM lost n1"), again=True, late=True)
+    assert verdict.main([str(job.batch), "137"]) == 1
+    assert job.verdicts() == [("infrastructure", True)]
+    assert not [words for words in job.asked if "requeue" in words or "update" in words]
+
+
+def test_a_verdict_that_was_killed_after_it_had_spoken_is_acted_on_and_counted_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = Job(tmp_path, monkeypatch)
+    write_json(
+        job.folder.logs("1_0-0") / "failure_0.json", {"kind": "error", "message": "shapes", "time": 1.0}
+    )
+    verdict.speak(job.folder, "1_0-0", Finding("error", "shapes"), again=True)
+    assert verdict.main([str(job.batch), "1"]) == 1
+    assert "scontrol requeue 1_0" in job.asked
+    assert job.verdicts() == [("error", True)]  # by a second one, its budget would be used up
+
+
+def test_a_requeue_names_one_element_and_one_that_is_pending_already_is_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = Job(tmp_path, monkeypatch)
+    monkeypatch.setenv("SLURM_JOB_ID", "1")  # the last element's, and the whole array's
+
+    def call(*command: str, **_: object) -> str:
+        said = job.call(*command)
+        if command[:2] == ("scontrol", "requeue"):
+            raise cluster.SlurmError("Job is pending execution for job 1_0")
+        return said
+
+    monkeypatch.setattr(cluster, "call", call)
+    assert verdict.main([str(job.batch), "143"]) == 1
+    assert [words for words in job.asked if "requeue" in words] == ["scontrol requeue 1_0"]
+    assert not [words for words in job.asked if words.startswith("sbatch")]
+
+
+def test_where_a_new_job_cannot_be_written_down_the_old_one_is_requeued(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SLURM would hold the job at the next launch it loses, and the disk is full."""
+    job = Job(tmp_path, monkeypatch)
+    job.facts += " BatchFlag=5"
+    (tmp_path / "batches" / "b.after-1_0").touch()
+    assert verdict.main([str(job.batch), "143"]) == 1
+    assert "scontrol requeue 1_0" in job.asked
 
 
 def test_the_end_of_an_execution_that_slurm_forgot_does_not_end_the_next(

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from launch.record import RunFolder
+from launch.recovery.findings import of_attempt
 from launch.recovery.pulse import Beat, Pulse, beats
-from launch.recovery.watch import Limits, Silence, Watch
+from launch.recovery.watch import Limits, Silence, Watch, note
 
 
 def beat(rank: int, phase: str, step: int, count: int, alive: int, slowest: float = 0.1) -> Beat:
@@ -81,6 +83,15 @@ def test_ranks_that_never_start_are_the_clusters_fault() -> None:
     silence = until(Watch(Limits(60, 600), 4), 700, [])
     assert silence is not None
     assert silence.message.startswith("no rank started within 60")
+
+
+def test_a_full_disk_keeps_no_attempt_that_stands_still_from_being_ended(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    (tmp_path / "logs").touch()  # nothing can be written there
+    note(folder, "7_0-0", Silence("hang", "rank 1 was silent"))
+    (tmp_path / "logs").unlink()
+    note(folder, "7_0-0", Silence("hang", "rank 1 was silent"))
+    assert of_attempt(folder, "7_0-0", 137).reason == "rank 1 was silent"
 
 
 def test_time_in_which_the_watch_stood_still_itself_does_not_count() -> None:

@@ -569,6 +569,41 @@ def lease(folder):
         return type(error).__name__, str(error), checkpoints.latest()
 
 
+@alone
+def test_a_save_whose_files_a_successor_removed_is_told_by_the_guard(tmp_path):
+    groups = Groups.single()
+    engine, _ = trained(groups)
+
+    def guard():
+        raise LostLease("attempt 4 has taken over")
+
+    checkpoints = Checkpoints(tmp_path, groups)
+    with pytest.MonkeyPatch.context() as patch:
+        start = storage.start
+
+        def removed(folder, step):
+            partial = start(folder, step)
+            storage.recover(folder)
+            return partial
+
+        patch.setattr(storage, "start", removed)
+        with pytest.raises(LostLease, match="attempt 4"):
+            checkpoints.save(3, engine, {}, guard=guard)
+
+
+def test_an_attempt_that_wakes_between_the_guard_and_the_rename_takes_nothing_away(tmp_path):
+    """A successor has removed what it wrote, as its own start asks for, and has saved the same step since."""
+    old = storage.start(tmp_path, 3)
+    storage.recover(tmp_path)
+    new = storage.start(tmp_path, 3)
+    (new / "weights").write_text("the successor's")
+    storage.publish(new, 3)
+    with pytest.raises(FileNotFoundError):
+        storage.publish(old, 3)
+    [kept] = storage.found(tmp_path)
+    assert (kept.path / "weights").read_text() == "the successor's"
+
+
 def test_all_ranks_learn_that_the_guard_refused(tmp_path):
     assert ranks(2)(lease, tmp_path) == [
         ("LostLease", "this attempt is over", None),

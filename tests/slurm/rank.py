@@ -18,13 +18,12 @@ from typing import Any
 from launch import job
 from launch.record import RunFolder
 from launch.recovery.deadline import ends
+from launch.recovery.pulse import Pulse
 
 STEP = 0.02  # seconds
 
 
-def run_stage(
-    folder: RunFolder, place: job.Place, warned: Callable[[], bool], pulse: Callable[[str, int], None]
-) -> str:
+def run_stage(folder: RunFolder, place: job.Place, warned: Callable[[], bool], pulse: Pulse) -> str:
     """As launch.stage's, without the training."""
     acts = json.loads((folder.path / "acts.json").read_text())
     # All ranks must count alike, whatever the watch has said by now of attempts that had none; a successor's first
@@ -42,6 +41,7 @@ def run_stage(
         time.sleep(STEP)
         pulse("agree", step)
         if step == 50 and act in ("stop", "kill") and place.rank == int(rank):
+            pulse._write()  # the last that the watch hears of it
             os.kill(os.getpid(), signal.SIGSTOP if act == "stop" else signal.SIGKILL)
         if step == 50 and act == "raise" and place.rank == int(rank):
             raise ValueError("shapes differ")

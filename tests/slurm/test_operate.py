@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from launch import cluster
 from launch.files import write_json
 from launch.record import RunFolder
 from tests.slurm.cluster import PrivateSlurm
@@ -119,6 +121,22 @@ def test_without_accounting_what_slurm_remembers_is_enough(slurm: PrivateSlurm, 
     # SLURM still has the job, so it can be the same job again.
     assert "requeued" in runs(slurm, tmp_path, "requeue", "a/0")
     slurm.wait(lambda: states(slurm, tmp_path)["a/0"][0] in ("queued", "running"), 20, every=0.5)
+
+
+def test_ones_own_jobs_in_a_hidden_partition_are_seen(
+    private_slurm: Callable[..., PrivateSlurm], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """squeue shows them to root, and to their owner only where it is asked for all: what is not seen is sent again."""
+    slurm = private_slurm(nodes=1, extra=("PartitionName=hidden Nodes=ALL Hidden=YES State=UP",))
+    nobody = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
+    job = slurm.run([*nobody, "sbatch", "--parsable", "-phidden", "-D/", "-o/dev/null", "--wrap=sleep 60"])
+    squeue = tmp_path / "squeue"
+    squeue.write_text(f'#!/bin/sh\nexec {" ".join(nobody)} {shutil.which("squeue")} "$@"\n')
+    squeue.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setenv("SLURM_CONF", str(slurm.place.conf))
+    monkeypatch.setattr("os.getuid", lambda: 65534)
+    assert list(cluster.jobs()) == [job.stdout.strip()]
 
 
 def test_a_job_requeues_itself_where_the_site_cancels_what_it_preempts(
