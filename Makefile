@@ -12,8 +12,9 @@ demo: $(VENV)/demo
 	$(BIN)/python data/demo.py demo_data
 	DATA_ROOT="$(CURDIR)/demo_data" $(BIN)/python launch/submit.py experiments/demo/stage3_moe.yaml
 
+# Much of it waits for SLURM's own times, so there are more processes than the two cores it was made for.
 test: $(VENV)/dev debian
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses 3 --dist worksteal $(ARGS)
 
 # More than a hundred faults on a private SLURM, and what comes of it compared to the bit; half an hour and more.
 chaos: $(VENV)/dev debian
