@@ -159,7 +159,9 @@ def fingerprint(tokenizer: Any, template: str) -> str:
         words = type(tokenizer).__name__ + json.dumps(tokenizer.get_vocab(), sort_keys=True)
     parts = [words, str(tokenizer.bos_token_id), template, str(FORMAT)]
     if template == "chat":
-        parts.append(str(tokenizer.chat_template))
+        chat = tokenizer.chat_template
+        chat = chat.get("default") if isinstance(chat, dict) else chat
+        parts += [str(chat), str(tokenizer.eos_token), "each answer where it stands"]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
