@@ -20,8 +20,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from data.conversation import IGNORED, IMAGE_ID
-from data.indexing import COLUMNS, FORMAT, Builder, faults_of, pictures, words, write_whole
+from data.indexing import COLUMNS, FORMAT, Builder, faults_of, pictures, words
 from data.offsets import backend_of
+from data.whole import write_whole
 from data.words import refused
 
 __all__ = ["Fault", "Index", "Row", "faults_of", "open_index", "pictures", "words"]
