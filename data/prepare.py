@@ -163,7 +163,7 @@ def unpack(options: argparse.Namespace) -> int:
     from data.bar import Bar
 
     root = _root(options)
-    downloads = options.downloads or root
+    downloads, worst = options.downloads or root, 0
     for dataset in _datasets(options):
         if dataset.archive is None:
             print(f"{dataset.name}: no archive of pictures, nothing to unpack")
@@ -171,12 +171,16 @@ def unpack(options: argparse.Namespace) -> int:
         bar = Bar(dataset.name)
         made, there = into_tree(dataset, downloads, root, bar.show)
         bar.close()
+        if not made + there:
+            print(f"{dataset.name}: there is no file in {dataset.archive.name}; download it again")
+            worst = 1
+            continue
         print(f"{dataset.name}: {made:,} files written, {there:,} were there, in {root / dataset.images}")
         if options.delete:
             for name in files_of(dataset):
                 for place in (downloads / name, downloads / dataset.archive.into / name):
                     place.unlink(missing_ok=True)
-    return 0
+    return worst
 
 
 def check(options: argparse.Namespace) -> int:

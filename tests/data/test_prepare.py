@@ -64,6 +64,16 @@ def test_unpack_fills_the_tree(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "prepare: " in capsys.readouterr().err
 
 
+def test_an_archive_without_a_file_is_told_and_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with zipfile.ZipFile(tmp_path / "lrv_tune.zip", "w") as archive:
+        archive.mkdir("lrv_tune")
+    assert main(["unpack", "--root", str(tmp_path), "lrv-331k", "--delete"]) == 1
+    assert "lrv-331k: there is no file in lrv_tune.zip; download it again" in capsys.readouterr().out
+    assert (tmp_path / "lrv_tune.zip").is_file()
+
+
 def test_check_and_fix(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     records = mixed(tmp_path, 12)
     arguments = ["check", "--root", str(tmp_path), "mixed.json", "--tokenizer", LLAMA, "--patches", "4"]
