@@ -1,8 +1,9 @@
-"""Files that are written whole or not at all; standard library only."""
+"""Files that are written whole or not at all, and by one process at a time; standard library only."""
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,3 +27,17 @@ def write_whole(path: Path, text: str) -> None:
     """Write a file at once or not at all."""
     with whole(path) as file:
         file.write(text)
+
+
+@contextlib.contextmanager
+def locked(path: Path, wait: bool = True) -> Iterator[bool]:
+    """Hold a lock; False where the file system has none. BlockingIOError when another has it and we do not wait."""
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            raise
+        except OSError:
+            yield False
+            return
+        yield True
