@@ -155,8 +155,11 @@ def write_pictures(path: Path, folder: Path) -> tuple[int, list[str]]:
             broken.append(f"{name}: not base64")
             continue
         partial = target.with_suffix(f".{os.getpid()}.part")
-        partial.write_bytes(data)
-        os.replace(partial, target)
+        try:
+            partial.write_bytes(data)
+            os.replace(partial, target)
+        finally:
+            partial.unlink(missing_ok=True)
         made += 1
     return made, broken
 

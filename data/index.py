@@ -7,7 +7,6 @@ that was killed goes on from its last mark; an index is there only when its `met
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -20,8 +19,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from data.conversation import IGNORED, IMAGE_ID
-from data.indexing import COLUMNS, FORMAT, Builder, faults_of, pictures, words, write_whole
+from data.indexing import COLUMNS, FORMAT, Builder, faults_of, pictures, words
 from data.offsets import backend_of
+from data.whole import locked, write_whole
 from data.words import refused
 
 __all__ = ["Fault", "Index", "Row", "faults_of", "open_index", "pictures", "words"]
@@ -113,7 +113,7 @@ def open_index(
     if not writable:
         raise OSError(f"{annotation}: no place to write its index; set XDG_CACHE_HOME to a shared folder")
     home = writable[0]
-    with _locked(home / f"{name}.lock") as alone:
+    with locked(home / f"{name}.lock") as alone:
         if not (home / name / "meta.json").is_file():
             part = home / (f"{name}.part" if alone else f"{name}.{socket.gethostname()}.{os.getpid()}.part")
             try:
@@ -159,7 +159,9 @@ def fingerprint(tokenizer: Any, template: str) -> str:
         words = type(tokenizer).__name__ + json.dumps(tokenizer.get_vocab(), sort_keys=True)
     parts = [words, str(tokenizer.bos_token_id), template, str(FORMAT)]
     if template == "chat":
-        parts.append(str(tokenizer.chat_template))
+        chat = tokenizer.chat_template
+        chat = chat.get("default") if isinstance(chat, dict) else chat
+        parts += [str(chat), str(tokenizer.eos_token), "each answer where it stands"]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
@@ -175,15 +177,3 @@ def _writable(folder: Path) -> bool:
     except OSError:
         return False
     return os.access(folder, os.W_OK)
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[bool]:
-    """Hold a lock that other processes wait for; False where the file system has none."""
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError:
-            yield False
-        else:
-            yield True

@@ -16,6 +16,7 @@ import numpy as np
 
 from data.conversation import IGNORED, IMAGE_ID, ConversationError, Encoded, encode_many, remembering
 from data.records import Record, stream
+from data.whole import write_whole
 from data.words import is_path, kind_of
 
 FORMAT = 2  # raise it when an index is laid out, or a conversation encoded, other than before
@@ -225,10 +226,3 @@ def _spans(encoded: Encoded) -> list[int]:
         flat += (start, end)
         last = end
     return flat
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file at once or not at all."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    partial.write_text(text)
-    os.replace(partial, path)

@@ -23,6 +23,7 @@ if __name__ == "__main__":
 
 Triple = tuple[float, float, float]
 GIGA = 1e9
+GO_ON = ("unpack", "index", "pixels")  # commands that go on where they were stopped
 _CLIP = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))  # OpenAI's CLIP
 # What the towers of the catalog's mission take: side, mean, std, how a picture becomes square.
 FORMATS: dict[str, tuple[int, Triple, Triple, Literal["crop", "squash"]]] = {
@@ -73,7 +74,8 @@ def parser() -> argparse.ArgumentParser:
     made = command("index", "Tokenise once for all runs; goes on where it was stopped.")
     reading(made, required=True)
     made = command(
-        "pixels", "Scale all pictures once, so that training need not decode (338 KB each at 336)."
+        "pixels",
+        "Scale all pictures once, so that training need not decode (338 KB each at 336); goes on where it was stopped.",
     )
     made.add_argument("--format", choices=[*FORMATS], default="clip-336", help="what the vision tower takes")
     made.add_argument(
@@ -105,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"prepare: {words}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        on = "the same command goes on from here" if options.command in ("index", "unpack") else "begin again"
+        on = "the same command goes on from here" if options.command in GO_ON else "begin again"
         print(f"\nprepare: stopped, nothing is half written; {on}", file=sys.stderr)
         return 130
 
@@ -167,7 +169,7 @@ def unpack(options: argparse.Namespace) -> int:
     from data.bar import Bar
 
     root = _root(options)
-    downloads = options.downloads or root
+    downloads, worst = options.downloads or root, 0
     for dataset in _datasets(options):
         if dataset.archive is None:
             print(f"{dataset.name}: no archive of pictures, nothing to unpack")
@@ -175,12 +177,16 @@ def unpack(options: argparse.Namespace) -> int:
         bar = Bar(dataset.name)
         made, there = into_tree(dataset, downloads, root, bar.show)
         bar.close()
+        if not made + there:
+            print(f"{dataset.name}: there is no file in {dataset.archive.name}; download it again")
+            worst = 1
+            continue
         print(f"{dataset.name}: {made:,} files written, {there:,} were there, in {root / dataset.images}")
         if options.delete:
             for name in files_of(dataset):
                 for place in (downloads / name, downloads / dataset.archive.into / name):
                     place.unlink(missing_ok=True)
-    return 0
+    return worst
 
 
 def check(options: argparse.Namespace) -> int:
@@ -284,6 +290,7 @@ def convert(options: argparse.Namespace) -> int:
 
 def pixels(options: argparse.Namespace) -> int:
     """The pictures, scaled and kept."""
+    from data.bar import Bar
     from data.catalog import annotation_path
     from data.conversation import ConversationError
     from data.images import ImageFormat
@@ -305,7 +312,9 @@ def pixels(options: argparse.Namespace) -> int:
                 except ConversationError as error:
                     unsound.append(f"{file}, record {record.number}: {error}")
 
-    made, broken = build(root, paths(), form, options.aspect, options.workers)
+    bar = Bar("pictures")
+    made, broken = build(root, paths(), form, options.aspect, options.workers, bar.show)
+    bar.close()
     place = folder(root, form, options.aspect)
     print(f"{made:,} pictures in {place}" if made else "no pictures: nothing is written")
     for why in (*unsound[:5], *broken[:5]):

@@ -16,6 +16,7 @@ from data.findings import KINDS
 from data.images import ImageError, thumbnail
 from data.inspection import paths_of, shown
 from data.padding import fill
+from data.whole import whole
 
 MOST = 1 << 18  # samples, drawn at random, on whose lengths the ways of batching are compared
 _STYLE = """
@@ -143,12 +144,13 @@ def write(report: Report, folder: Path) -> dict[str, Any]:
     """Write check.json, which lists all findings, and check.html into a folder; the facts that as_text takes."""
     facts = as_json(report)
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "check.json").open("w", encoding="utf-8") as file:
+    with whole(folder / "check.json") as file:
         file.write(json.dumps(facts, indent=1).removesuffix("\n}") + ',\n "findings": [')
         for number, finding in enumerate(report.findings):
             file.write(("," if number else "") + "\n  " + json.dumps(finding._asdict()))
         file.write("\n ]\n}\n")
-    (folder / "check.html").write_text(as_html(report, facts), encoding="utf-8", errors="backslashreplace")
+    with whole(folder / "check.html", errors="backslashreplace") as file:
+        file.write(as_html(report, facts))
     return facts
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, Literal
 
 from data.words import is_text
@@ -21,6 +22,18 @@ _SYSTEM = (
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
 )
 _ROLES = {"human": "user", "gpt": "assistant"}
+_FENCE = "\ue000"  # of no script: what a mark in a text is made of
+# Some chat templates say what day it is, and the index of today's text would not be tomorrow's. It is this one,
+# which Llama 3's say where they cannot know.
+_DAY = datetime(2024, 7, 26)
+_REWRITTEN = (
+    "the tokenizer's chat template rewrites earlier turns, so answers cannot be told apart in it; use one of the "
+    "named templates"
+)
+_ENDLESS = (
+    "the tokenizer's chat template puts nothing after an answer, so its end cannot be learnt; use one of the named "
+    "templates"
+)
 
 
 class ConversationError(ValueError):
@@ -138,7 +151,10 @@ def _rounds(turns: list[tuple[str, str]], template: Template, ask: bool) -> tupl
 
 
 def _chat(turns: list[tuple[str, str]], tokenizer: Any, ask: bool) -> tuple[str, list[Span]]:
-    """The tokenizer's own template, rendered turn by turn: an answer is what its turn adds to the prompt."""
+    """The tokenizer's own template; an answer is what it writes in the place of a mark that stands for one.
+
+    So each turn is looked at where it stands: templates write the last answer otherwise than earlier ones.
+    """
     head: list[dict[str, str]] = []
     if turns[0][0] == "system":
         head = [{"role": "system", "content": turns[0][1]}]
@@ -146,22 +162,69 @@ def _chat(turns: list[tuple[str, str]], tokenizer: Any, ask: bool) -> tuple[str,
     if not turns:
         raise ConversationError("the conversation has a system turn only")
     messages = head + [{"role": _ROLES[r], "content": words} for r, words in _alternating(turns, _ROLES)]
+    words = [message["content"] for message in messages]
+    spoken = [at for at, message in enumerate(messages) if message["role"] == "assistant" and words[at]]
 
-    def text_of(count: int, ask: bool) -> str:
-        return str(tokenizer.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=ask))
+    def text_of(said: Sequence[str], ask: bool = False, thinking: bool = False) -> str:
+        given = [{**message, "content": own} for message, own in zip(messages, said, strict=False)]
+        return _told(tokenizer, given, ask, thinking)
 
-    text = text_of(len(messages), ask)
+    text = text_of(words, ask)
+    if ask or not spoken:
+        return text, []
+    fence, last = _FENCE, spoken[-1]
+    while any(fence in said for said in words):
+        fence += _FENCE
+    marks = {at: f"{fence}{at}{fence}" for at in spoken}
+    marked = [marks.get(at, said) for at, said in enumerate(words)]
+    whole = text_of(marked)
+    closed = whole if last == len(words) - 1 else text_of(marked[: last + 1])
+    asked = text_of(marked[:last], ask=True)
+    before, _, end = closed.partition(marks[last])
+    if not before.startswith(asked) or any(whole.count(mark) != 1 for mark in marks.values()):
+        raise ConversationError(_REWRITTEN)
+    lead, end = before[len(asked) :], end.rstrip()  # the line break after a turn's end is not learnt
+    # Phi's close the whole text with eos: only the last answer is followed by it.
+    ends = [each for each in (end, end.removesuffix(str(tokenizer.eos_token)).rstrip()) if each]
+    built, at = "", 0
     spans: list[Span] = []
-    for count, message in enumerate(messages):
-        if message["role"] == "assistant" and message["content"]:
-            before, after = text_of(count, True), text_of(count + 1, False)
-            if not (after.startswith(before) and text.startswith(after)):
-                raise ConversationError(
-                    "the tokenizer's chat template rewrites earlier turns, so answers cannot be told "
-                    "apart in it; "
-                    "use one of the named templates"
-                )
-            spans.append(
-                (len(before), len(after.rstrip("\n")))
-            )  # the line break after the turn's end is not learnt
+    for place, mark in marks.items():
+        first = whole.index(mark)
+        rest = whole[first + len(mark) :]
+        told = text
+        if len(marks) > 1:
+            told = text_of([*marked[:place], words[place], *marked[place + 1 :]])
+        start, learnt = first, len(lead) if whole.endswith(lead, 0, first) else 0
+        if not told.startswith(whole[:first]):
+            # It has reasoning of its own, which stands where the template has none to write.
+            opened = text_of(marked[:place], ask=True, thinking=True)
+            start, learnt = (len(opened) if whole.startswith(opened) else first), 0
+        closing = next((each for each in ends if rest.startswith(each)), None)
+        if not (told.startswith(whole[:start]) and told.endswith(rest)) or closing is None:
+            raise ConversationError(_REWRITTEN if ends else _ENDLESS)
+        built += whole[at:start]
+        first_learnt = len(built) - learnt
+        built += told[start : len(told) - len(rest)]
+        spans.append((first_learnt, len(built) + len(closing)))
+        at = first + len(mark)
+    if built + whole[at:] != text:
+        raise ConversationError(_REWRITTEN)
     return text, spans
+
+
+def _told(tokenizer: Any, messages: list[dict[str, str]], ask: bool, thinking: bool) -> str:
+    """Messages in the tokenizer's template; ConversationError where it does not take them."""
+    try:
+        return str(
+            tokenizer.apply_chat_template(
+                messages,
+                tokenize=False,
+                add_generation_prompt=ask,
+                enable_thinking=thinking,
+                strftime_now=_DAY.strftime,
+            )
+        )
+    except Exception as error:  # a chat template is a program of someone else's
+        kind = type(error).__name__
+        what = str(error) if kind == "TemplateError" else f"{kind}: {error}"
+        raise ConversationError(f"the tokenizer's chat template refuses the conversation: {what}") from error

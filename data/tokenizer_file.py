@@ -5,6 +5,7 @@ It gives the ids that the training's own class gives for the same tokenizer.json
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,10 @@ class TokenizerFile:
                 except (ValueError, TypeError) as error:
                     raise ValueError(f"{folder / name}: not a JSON object ({error}); copy it again") from None
         self.chat_template = said.get("chat_template")
-        if self.chat_template is None and (folder / "chat_template.jinja").is_file():
+        if isinstance(self.chat_template, list):  # several, by name
+            named = {each["name"]: each["template"] for each in self.chat_template}
+            self.chat_template = named.get("default")
+        if (folder / "chat_template.jinja").is_file():  # it goes before the configuration's
             self.chat_template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
         self._special: dict[str, str] = {
             name: token["content"] if isinstance(token, dict) else token
@@ -72,26 +76,55 @@ class TokenizerFile:
         """Tokens and their ids."""
         return dict(self.backend_tokenizer.get_vocab())
 
+    def get_added_vocab(self) -> dict[str, int]:
+        """The tokens that are no part of the model, special or not, and their ids."""
+        added = self.backend_tokenizer.get_added_tokens_decoder()
+        return {token.content: number for number, token in added.items()}
+
     def decode(self, ids: list[int], skip_special_tokens: bool = False) -> str:
         """The text of ids."""
         return str(self.backend_tokenizer.decode(ids, skip_special_tokens=skip_special_tokens))
 
     def apply_chat_template(
-        self, messages: list[dict[str, str]], tokenize: bool = False, add_generation_prompt: bool = False
+        self,
+        messages: list[dict[str, str]],
+        tokenize: bool = False,
+        add_generation_prompt: bool = False,
+        **settings: Any,
     ) -> str:
         """A conversation in the tokenizer's own template, as text."""
-        from jinja2 import StrictUndefined
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
+        given = {**self._special, **settings, "add_generation_prompt": add_generation_prompt}
+        return str(
+            _compiled(self.chat_template or "").render(messages=messages, tools=None, documents=None, **given)
         )
 
-        def refuse(message: str) -> None:
-            raise ValueError(f"the tokenizer's chat template refuses the conversation: {message}")
 
-        environment.globals["raise_exception"] = refuse
-        template = environment.from_string(self.chat_template or "")
-        return template.render(
-            messages=messages, add_generation_prompt=add_generation_prompt, **self._special
-        )
+@functools.lru_cache(4)
+def _compiled(template: str) -> Any:
+    """A chat template with what transformers gives one: its settings, tags, filter and functions."""
+    from jinja2 import TemplateError, nodes
+    from jinja2.ext import Extension, LoopControlExtension
+    from jinja2.parser import Parser
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """`{% generation %}` marks what is the assistant's; to us it is text as any other."""
+
+        tags = {"generation"}  # noqa: RUF012 - jinja declares it so
+
+        def parse(self, parser: Parser) -> list[nodes.Node]:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    def refuse(message: str) -> None:
+        raise TemplateError(message)
+
+    def as_json(value: Any, ensure_ascii: bool = False, **layout: Any) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, **layout)  # jinja's own escapes for HTML
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, LoopControlExtension]
+    )
+    environment.filters["tojson"] = as_json
+    environment.globals["raise_exception"] = refuse
+    return environment.from_string(template)

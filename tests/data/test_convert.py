@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -106,6 +107,15 @@ def test_mimic_it_pictures_become_files(tmp_path: Path, monkeypatch: pytest.Monk
     assert not (tmp_path / "evil.jpg").exists()
     assert write_pictures(tmp_path / "images.json", tmp_path / "out") == (0, lost)
     assert not (tmp_path / "out" / "IMG_nothing.jpg").exists()
+
+
+def test_a_picture_that_finds_no_room_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "images.json").write_text('{"IMG": "AAAA"}')
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / f"IMG.{os.getpid()}.part").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left"):
+        write_pictures(tmp_path / "images.json", tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 @pytest.mark.parametrize(

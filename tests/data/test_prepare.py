@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from data.index import open_index
+from data.index import digest, open_index
 from data.prepare import main
 from data.tokenizer_file import TokenizerFile
 
@@ -62,6 +62,16 @@ def test_unpack_fills_the_tree(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert not (tmp_path / "lrv_tune.zip").exists()
     assert main(arguments) == 2
     assert "prepare: " in capsys.readouterr().err
+
+
+def test_an_archive_without_a_file_is_told_and_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with zipfile.ZipFile(tmp_path / "lrv_tune.zip", "w") as archive:
+        archive.mkdir("lrv_tune")
+    assert main(["unpack", "--root", str(tmp_path), "lrv-331k", "--delete"]) == 1
+    assert "lrv-331k: there is no file in lrv_tune.zip; download it again" in capsys.readouterr().out
+    assert (tmp_path / "lrv_tune.zip").is_file()
 
 
 def test_check_and_fix(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -279,7 +289,7 @@ def test_a_full_disk_is_told_and_the_same_command_goes_on(
     assert told.startswith(f"prepare: {tmp_path}/mixed.json: its index is not whole: the disk or quota of /")
     assert told.endswith("MB left): make room, then say the same again\n")
     assert not made.exists()
-    full.unlink()
+    assert not full.is_symlink()
     assert main(index) == 0
     assert {path.name: path.read_bytes() for path in made.iterdir()} == want
 
@@ -288,6 +298,31 @@ def test_a_full_disk_is_told_and_the_same_command_goes_on(
     assert main(["convert", "llava", str(tmp_path / "mixed.json"), "--out", str(out)]) == 2
     assert "is full" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.glob("out*")) == []
+
+
+@pytest.mark.parametrize("name", ["check.json", "check.html"])
+def test_a_full_disk_leaves_the_report_that_was_there(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mixed(tmp_path, 9)
+    check = ["check", "--root", str(tmp_path), "mixed.json", "--no-pictures"]
+    assert main(check) == 0
+    before = (tmp_path / "check" / name).read_bytes()
+    write(tmp_path, "mixed.json", [record("Empty?", "")])
+    (tmp_path / "check" / f"{name}.{os.getpid()}.tmp").symlink_to("/dev/full")
+    assert main(check) == 2
+    assert "is full" in capsys.readouterr().err
+    assert (tmp_path / "check" / name).read_bytes() == before
+    assert sorted(path.name for path in (tmp_path / "check").iterdir()) == ["check.html", "check.json"]
+
+
+def test_a_digest_that_finds_no_room_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    path = write(tmp_path, "a.json", [record("A?", "b")])
+    (tmp_path / ".index").mkdir()
+    (tmp_path / ".index" / f"a.json.digest.{os.getpid()}.tmp").symlink_to("/dev/full")
+    digest(path)
+    assert list((tmp_path / ".index").iterdir()) == []
 
 
 def test_ctrl_c_in_an_index_keeps_what_is_done(tmp_path: Path) -> None:
