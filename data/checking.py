@@ -290,40 +290,5 @@ def check(root: Path, datasets: list[Dataset], options: Options, progress: Progr
     return report
 
 
-def fix(report: Report, path: Path, out: Path) -> Counter[str]:
-    """Write a file's records without what would be lost, repaired where that is safe; what was done, counted.
-
-    Raises FileExistsError rather than writing over a file.
-    """
-    from data.convert import write
-
-    names = list(KINDS)
-    records, kinds = array("I"), array("B")
-    for finding in report.findings:
-        if finding.file == str(path) and finding.record >= 0 and KINDS[finding.kind].fix:
-            records.append(finding.record)
-            kinds.append(names.index(finding.kind))
-    order = np.argsort(np.array(records), kind="stable").tolist()
-    done: Counter[str] = Counter()
-
-    def repaired() -> Iterator[dict[str, Any]]:
-        from data.repair import repair
-
-        at = 0
-        for record in stream(path):
-            told = []
-            while at < len(order) and records[order[at]] == record.number:
-                told.append(names[kinds[order[at]]])
-                at += 1
-            value, what = repair(record.value, told, TEMPLATES[report.options.template])
-            done.update(what)
-            if value is not None:
-                done["written"] += 1
-                yield value
-
-    write(repaired(), out)
-    return done
-
-
 def _hash(text: str) -> int:
     return xxhash.xxh3_64_intdigest(text.encode("utf-8", "surrogatepass"))

@@ -1,13 +1,22 @@
-"""Repair a record where that is safe, else drop it."""
+"""Repair a record where that is safe, else drop it; and a checked file, record by record."""
 
 from __future__ import annotations
 
 import copy
+from array import array
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
-from data.conversation import IMAGE, Template
+import numpy as np
+
+from data.checking import Report
+from data.conversation import IMAGE, TEMPLATES, Template
+from data.convert import write
 from data.findings import KINDS
 from data.inspection import broken, defects, paths_of
+from data.records import stream
 
 _ROLES = {"user": "human", "assistant": "gpt", "human": "human", "gpt": "gpt", "bot": "gpt", "chatgpt": "gpt"}
 
@@ -66,4 +75,35 @@ def _trimmed(record: dict[str, Any]) -> list[str]:
         if turn["from"] == "gpt" and turn["value"] != turn["value"].strip():
             turn["value"] = turn["value"].strip()
             done.append("stripped an answer")
+    return done
+
+
+def fix(report: Report, path: Path, out: Path) -> Counter[str]:
+    """Write a file's records without what would be lost, repaired where that is safe; what was done, counted.
+
+    Raises FileExistsError rather than writing over a file.
+    """
+    names = list(KINDS)
+    records, kinds = array("I"), array("B")
+    for finding in report.findings:
+        if finding.file == str(path) and finding.record >= 0 and KINDS[finding.kind].fix:
+            records.append(finding.record)
+            kinds.append(names.index(finding.kind))
+    order = np.argsort(np.array(records), kind="stable").tolist()
+    done: Counter[str] = Counter()
+
+    def repaired() -> Iterator[dict[str, Any]]:
+        at = 0
+        for record in stream(path):
+            told = []
+            while at < len(order) and records[order[at]] == record.number:
+                told.append(names[kinds[order[at]]])
+                at += 1
+            value, what = repair(record.value, told, TEMPLATES[report.options.template])
+            done.update(what)
+            if value is not None:
+                done["written"] += 1
+                yield value
+
+    write(repaired(), out)
     return done

@@ -27,8 +27,8 @@ _FENCE = "\ue000"  # of no script: what a mark in a text is made of
 # which Llama 3's say where they cannot know.
 _DAY = datetime(2024, 7, 26)
 _REWRITTEN = (
-    "the tokenizer's chat template rewrites earlier turns, so answers cannot be told apart in it; use one of the "
-    "named templates"
+    "the tokenizer's chat template rewrites earlier turns, or asks for an answer otherwise than it writes one, so "
+    "answers cannot be told apart in it; use one of the named templates"
 )
 _ENDLESS = (
     "the tokenizer's chat template puts nothing after an answer, so its end cannot be learnt; use one of the named "

@@ -17,9 +17,9 @@ from PIL import Image
 
 from data import images, report
 from data.catalog import resolve
-from data.checking import Options, Report, check, fix
+from data.checking import Options, Report, check
 from data.findings import KINDS
-from data.repair import repair
+from data.repair import fix, repair
 
 from .places import mixed, picture, record, write
 from .support import tokenizer
