@@ -38,6 +38,7 @@ __all__ = [
     "ConversationError",
     "Encoded",
     "Template",
+    "answer_end",
     "encode",
     "encode_many",
     "prompt",
@@ -196,6 +197,18 @@ def prompt(conversations: Conversation, tokenizer: Any, template: str, has_image
         raise ConversationError("the conversation has no human turn, so there is nothing to answer")
     text, _ = render(conversations[: last + 1], tokenizer, chosen, has_image, ask=True)
     return _tokens(text, [], tokenizer, template, has_image)[0]
+
+
+def answer_end(tokenizer: Any, template: str) -> int | None:
+    """The id of the token that ends an answer: a chat template's turns may end before, or without, eos."""
+    if named(template).style != "chat":
+        end: int | None = tokenizer.eos_token_id
+        return end
+    talk = [{"from": role, "value": "A"} for role in ("human", "gpt", "human", "gpt")]
+    encoded = encode(talk, tokenizer, template, has_image=False)
+    return encoded.input_ids[
+        encoded.turn_ends[0] - 1
+    ]  # what follows the last answer may close the whole text
 
 
 def _chunks(text: str, has_image: bool) -> list[str]:

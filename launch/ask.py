@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from data.conversation import IMAGE, prompt
+from data.conversation import IMAGE, answer_end, prompt
 from data.images import ImageFormat, load
 from launch.arguments import Parser, whole
 from launch.exits import INTERRUPTED, USAGE
@@ -98,9 +98,8 @@ def _converse(given: argparse.Namespace) -> int:
         ids = prompt(turns, tokenizer, template, has_image=bool(given.image))
         if given.routing:
             _picture(vlm, ids, shown.to(device), given.routing)
-        [reply] = answer(
-            vlm, tokenizer, [ids], [shown], max_new_tokens=given.max_new_tokens, groups=Groups.single()
-        )
+        most, end = given.max_new_tokens, answer_end(tokenizer, template)
+        [reply] = answer(vlm, tokenizer, [ids], [shown], end=end, max_new_tokens=most, groups=Groups.single())
         print(reply, flush=True)
         if given.question:
             break

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from data import images
-from data.conversation import prompt
+from data.conversation import answer_end, prompt
 from data.loader import held_out
 from launch.files import write_json
 from launch.record import RunFolder
@@ -42,6 +42,7 @@ def evaluate(
     """Ask every rank's share of the questions and write eval.json; all ranks call it, each gets the result."""
     questions = held_out(spec.data)
     template = PLAIN if spec.data.template == "plain" else spec.data.template
+    end = answer_end(tokenizer, template)
     longest = max(len(tokenizer(q.answer, add_special_tokens=False).input_ids) for q in questions)
     # Ranks that share experts must make equally many forward passes: each takes as many, the last question again.
     share = -(-len(questions) // groups.world)
@@ -59,7 +60,7 @@ def evaluate(
         pulse("evaluate", start)  # each batch of questions may take its time
         if start == 0:
             routing(folder, model, prompts, pixels, groups, tracker)
-        said += answer(model, tokenizer, prompts, pixels, max_new_tokens=longest + 2, groups=groups)
+        said += answer(model, tokenizer, prompts, pixels, end=end, max_new_tokens=longest + 2, groups=groups)
     gathered: list[Any] = [said]
     if groups.world > 1:
         gathered = [None] * groups.world

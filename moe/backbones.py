@@ -163,7 +163,7 @@ LANGUAGE: dict[str, Language] = {
         unk="<|extra_0|>",
     ),
     "qwen3": Language(
-        "Qwen/Qwen3-1.7B",
+        "Qwen/Qwen3-1.7B-Base",  # the other one's eos is <|im_end|>: that is for `data.template: chat`
         "qwen3",
         _QWEN2
         | {
@@ -171,7 +171,7 @@ LANGUAGE: dict[str, Language] = {
             "num_hidden_layers": 28,
             "num_key_value_heads": 8,
             "head_dim": 128,
-            "max_position_embeddings": 40960,
+            "max_position_embeddings": 32768,
             "tie_word_embeddings": True,
         },
         template="qwen",

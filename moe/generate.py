@@ -36,16 +36,15 @@ def answer(
     prompts: list[list[int]],
     pixel_values: list[Tensor],
     *,
+    end: int | None,
     max_new_tokens: int,
     groups: Groups,
 ) -> list[str]:
-    """One text a prompt; `pixel_values`: a prompt's images, [n, 3, H, W], n may be 0.
+    """One text a prompt; `pixel_values`: a prompt's images, [n, 3, H, W], n may be 0; `end`: the token that ends one.
 
     All ranks of an expert group must call it with equally many prompts.
     """
-    tokens = greedy(
-        vlm, prompts, pixel_values, max_new_tokens=max_new_tokens, end=tokenizer.eos_token_id, groups=groups
-    )
+    tokens = greedy(vlm, prompts, pixel_values, max_new_tokens=max_new_tokens, end=end, groups=groups)
     return [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in tokens]
 
 

@@ -8,7 +8,15 @@ from typing import Any
 
 import pytest
 
-from data.conversation import IGNORED, ConversationError, encode, encode_many, prompt, tokenizer_faults
+from data.conversation import (
+    IGNORED,
+    ConversationError,
+    answer_end,
+    encode,
+    encode_many,
+    prompt,
+    tokenizer_faults,
+)
 from data.index import fingerprint
 from data.tokenizer_file import TokenizerFile
 
@@ -58,6 +66,8 @@ def test_the_answers_and_their_ends_are_learnt(name: str) -> None:
     ]
     asked = prompt(TURNS, tok, "chat")
     assert encode(TURNS, tok, "chat").input_ids[: len(asked)] == asked
+    # Generation stops there, whatever eos is: a base model's is another one.
+    assert tok.decode([answer_end(tok, "chat")]) == end.strip()
     assert tokenizer_faults(tok, "chat") == []
 
 

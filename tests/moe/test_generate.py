@@ -306,7 +306,9 @@ def test_the_same_answer_twice(checkpoint: Path) -> None:
     vlm, tokenizer = open_checkpoint(checkpoint)
     ids = tokenizer("USER: What").input_ids
     one, two = (
-        answer(vlm, tokenizer, [ids], [torch.empty(0, 3, SIZE, SIZE)], max_new_tokens=5, groups=ALONE)
+        answer(
+            vlm, tokenizer, [ids], [torch.empty(0, 3, SIZE, SIZE)], end=None, max_new_tokens=5, groups=ALONE
+        )
         for _ in "ab"
     )
     assert one == two
