@@ -15,7 +15,7 @@ from tests.bench.moe_layer_counts import COUNTED
 
 KINDS = {  # by a part of a kernel's name, the first that fits
     "grouped matmul": ("grouped", "groupproblem"),
-    "attention": ("flash", "fmha", "attention", "softmax"),
+    "attention": ("flash", "fmha", "attention"),
     "other matmul": ("gemm", "nvjet", "cutlass", "xmma", "cublas"),
 }
 REST = "the rest"
@@ -81,7 +81,7 @@ def kind(kernel: str) -> str:
 
 def split(held: Engine, micro_batches: Sequence[Mapping[str, Tensor]], top_k: int) -> dict[str, Any]:
     """A step under torch's profiler; the engine takes it as it is set."""
-    from torch.autograd import DeviceType
+    from torch._C._autograd import DeviceType
     from torch.profiler import ProfilerActivity, profile
 
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (held.device.type == "cuda")
