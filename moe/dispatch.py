@@ -187,7 +187,7 @@ class TorchDispatcher:
         rows = gather(x_TD, token_N[:, None], row_TK, routing.capacity is not None)
         ticket = (routing.weight_TK, row_TK, token_N)
         if self.groups.expert_parallel == 1:
-            return Sent(rows, load_E if x_TD.is_cuda else load_E.tolist(), (*ticket, None))
+            return Sent(rows, load_E.tolist() if x_TD.device.type == "cpu" else load_E, (*ticket, None))
         # How many rows go where: the ranks' only exchange of numbers, and a GPU's only wait for its host.
         ranks, group = self.groups.expert_parallel, self.groups.expert_group
         send_RE = load_E.view(ranks, -1)

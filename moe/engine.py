@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from moe import parallel
+from moe.apart import there
 from moe.fragments import MOMENTS, Fragment, held, masters, refresh
 from moe.objective import Objective, counted
 from moe.optim import EXPERT_GROUP, is_expert, parameter_groups, rate
@@ -49,6 +50,14 @@ class Recomputing(Protocol):
 
     def recompute(self, on: bool = True) -> None:
         """Drop them, or keep them."""
+
+
+@runtime_checkable
+class HostTexts(Protocol):
+    """A model that takes texts on the host."""
+
+    def splice(self, *args: Any) -> Any:
+        """Look at them there."""
 
 
 class Engine:
@@ -117,7 +126,7 @@ class Engine:
         self._objective.begin(ce_scale=self.groups.world / tokens, router_scale=1 / len(micro_batches))
         for place, batch in enumerate(micro_batches):
             self.deepspeed.set_gradient_accumulation_boundary(place == len(micro_batches) - 1)
-            loss = self.deepspeed(**{name: tensor.to(self.device) for name, tensor in batch.items()})
+            loss = self.deepspeed(**self._placed(batch))
             # A tensor of its own: DeepSpeed's hook on the one it returned would divide by the accumulation
             # steps.
             self.deepspeed.backward(loss.clone(), scale_wrt_gas=False)
@@ -135,6 +144,14 @@ class Engine:
             layers_seen[f"moe/layer{i}/counts"] = by_expert
             layers_seen[f"moe/layer{i}/dropped"] = lost / max(1, each * sum(by_expert))
         return {"loss": ce + router, "ce": ce, "aux": aux, "grad_norm": norm, **seen, **layers_seen}
+
+    def _placed(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Pictures on the device. Where what a text says goes is found on the host, before any of it is computed."""
+        stays = isinstance(self.vlm, HostTexts)
+        return {
+            name: tensor if stays and name != "pixel_values" else there(tensor, self.device)
+            for name, tensor in batch.items()
+        }
 
     def _set_rate(self) -> float:
         share = rate(self.spec.optim, self.step, self.total_steps)

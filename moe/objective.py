@@ -26,7 +26,8 @@ class Objective(nn.Module):
     def begin(self, ce_scale: float = 1.0, router_scale: float = 1.0) -> None:
         """Start a step."""
         self.ce_scale, self.router_scale = ce_scale, router_scale
-        self.losses = torch.zeros(3)
+        here = next(self.vlm.parameters(), torch.empty(0)).device
+        self.losses = torch.zeros(3, device=here)  # made there: a copy would wait for what is computed
         self.counts: list[Tensor] = []
 
     def forward(self, **batch: Tensor) -> Tensor:
@@ -38,7 +39,7 @@ class Objective(nn.Module):
         losses = torch.stack([ce.detach().float(), aux, router.detach().float()])
         pairs = zip(output.expert_counts, output.dropped, strict=True)
         layers = [torch.cat([by_E.detach(), lost.detach().view(1)]).to(torch.float64) for by_E, lost in pairs]
-        self.losses = self.losses.to(losses.device) + losses
+        self.losses = self.losses + losses
         self.counts = [a + b for a, b in zip(self.counts, layers, strict=True)] if self.counts else layers
         return ce * self.ce_scale + router * self.router_scale
 

@@ -25,7 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from moe import backbones, weights
+from moe import apart, backbones, weights
+from moe.apart import there
 from moe.batches import checked, without_blanks
 from moe.parallel import Groups
 from moe.parts import VLMError, parts, train_only
@@ -138,7 +139,8 @@ class VLM(nn.Module):
         """Put the images' features where -200 stands, drop masked positions, pad on the right.
 
         As the reference (moellava/model/llava_arch.py), except that a text-only sample need bring no blank image.
-        Raises VLMError when the images and their places differ in number, or shapes do not fit.
+        Raises VLMError when the images and their places differ in number, or shapes do not fit. Ids that lie on the
+        host are looked at there, and no one waits for a GPU; all but `embeds` then lies there too.
         """
         beside = {"attention_mask": attention_mask, "labels": labels, "segments": segments}
         pixel_values = checked(input_ids, beside, pixel_values, self.vision.size)
@@ -157,6 +159,7 @@ class VLM(nn.Module):
                 "without pictures brings none)"
             )
         embed = self.language.get_input_embeddings()
+        device = embed.weight.device
         if images:
             assert pixel_values is not None
             features_NPD = self.image_features(pixel_values)
@@ -179,14 +182,15 @@ class VLM(nn.Module):
         text_BS = keep_BS & ~place_BS
         row_B, at_BS = torch.arange(input_ids.shape[0], device=input_ids.device), end_BS - width_BS
         text_rows, text_at = row_B[:, None].expand_as(at_BS)[text_BS], at_BS[text_BS]
-        text_TD = embed(input_ids[text_BS])
+        text_TD = embed(there(input_ids[text_BS], device))
         blank = text_TD.new_zeros(input_ids.shape[0], longest, text_TD.shape[-1])
-        embeds = blank.index_put((text_rows, text_at), text_TD)
-        image = torch.zeros(blank.shape[:2], dtype=torch.bool, device=blank.device)
-        step = torch.arange(patches, device=blank.device)
+        embeds = blank.index_put((there(text_rows, device), there(text_at, device)), text_TD)
+        image = torch.zeros(blank.shape[:2], dtype=torch.bool, device=input_ids.device)
+        step = torch.arange(patches, device=input_ids.device)
         image_rows = row_B[:, None].expand_as(at_BS)[place_BS][:, None].expand(-1, patches)
         image_at = at_BS[place_BS][:, None] + step
-        embeds = embeds.index_put((image_rows, image_at), features_NPD.to(embeds.dtype))
+        image_there = there(image_rows, device), there(image_at, device)
+        embeds = embeds.index_put(image_there, features_NPD.to(embeds.dtype))
         image[image_rows, image_at] = True
         if not images:
             embeds = embeds + features_NPD.sum().to(embeds.dtype)
@@ -194,7 +198,7 @@ class VLM(nn.Module):
         if labels is not None:
             spliced_labels = torch.full(blank.shape[:2], IGNORE, dtype=labels.dtype, device=labels.device)
             spliced_labels[text_rows, text_at] = labels[text_BS]
-        mask = torch.arange(longest, device=blank.device) < length_B[:, None]
+        mask = torch.arange(longest, device=input_ids.device) < length_B[:, None]
         spliced_segments = None
         if segments is not None:
             spliced_segments = segments.new_zeros(blank.shape[:2])
@@ -216,6 +220,8 @@ class VLM(nn.Module):
         """
         spliced = self.splice(input_ids, attention_mask, labels, pixel_values, segments)
         traffic = Traffic.of(spliced.mask, self.moe)
+        if traffic is not None and traffic.real is not None:
+            traffic.real = there(traffic.real, spliced.embeds.device)
         hidden = self.decode(spliced, traffic)
         output = Output(hidden, spliced.mask, self.head, spliced.labels)
         if traffic is not None and self.moe is not None:
@@ -243,13 +249,20 @@ class VLM(nn.Module):
         embeds = spliced.embeds
         if spliced.segments is not None:
             extra |= self._apart(spliced.segments)
-            if "cu_seq_lens_q" in extra:
+            if extra["position_ids"].shape != spliced.segments.shape:
                 embeds = embeds.flatten(0, 1)[None]  # all rows as one, cut at the samples' ends
         elif self._masked():
-            extra["attention_mask"] = spliced.mask.long()
-        # Else right-padded, and no mask is needed: see the module's head.
+            extra["attention_mask"] = there(spliced.mask.long(), embeds.device)
+        elif self.language.config._attn_implementation == "sdpa" and self._window() is None:
+            # Right-padded, and no mask is needed: see the module's head. Told so, transformers does not look for one.
+            apart.register()
+            extra["attention_mask"] = apart.sizes_as_mask((), embeds.device)
         hidden: Tensor = self.language.model(inputs_embeds=embeds, use_cache=False, **extra).last_hidden_state
         return hidden.view_as(spliced.embeds)
+
+    def _window(self) -> int | None:
+        """How far back a position sees, where it is not to the beginning."""
+        return getattr(self.language.config, "sliding_window", None)
 
     def _masked(self) -> bool:
         """Whether what stands where padding is matters: to routers, or to who compares a dense model's outputs."""
@@ -260,33 +273,36 @@ class VLM(nn.Module):
     def _apart(self, segments: Tensor) -> dict[str, Any]:
         """What keeps samples packed into rows apart: each sees itself alone and counts from 0.
 
-        A mask, or for flash-attn, which takes none, the samples' ends in all rows laid end to end.
+        A mask for eager attention; for the others, which take none, where samples end in all rows laid end to end.
         """
-        step = torch.arange(segments.shape[1], device=segments.device)
-        if self.language.config._attn_implementation.startswith("flash"):
-            begins = torch.ones_like(segments, dtype=torch.bool)
-            begins[:, 1:] = segments[:, 1:] != segments[:, :-1]
-            starts = begins.flatten().nonzero()[:, 0]
-            ends = torch.cat([starts[1:], starts.new_tensor([segments.numel()])])
-            sizes = ends - starts
-            position = torch.arange(segments.numel(), device=step.device) - starts.repeat_interleave(sizes)
-            both = torch.cat([starts, ends[-1:]]).to(torch.int32)
-            longest = int(sizes.max())
-            return {
-                "position_ids": position[None],
+        device = self.language.get_input_embeddings().weight.device
+        implementation = self.language.config._attn_implementation
+        if implementation == "sdpa" or implementation.startswith("flash"):
+            starts, sizes = apart.cut(segments)
+            repeats = torch.tensor(sizes, device=starts.device)
+            first = starts.repeat_interleave(repeats, output_size=segments.numel())
+            position = torch.arange(segments.numel(), device=starts.device) - first
+            found: dict[str, Any] = {"position_ids": there(position[None], device)}
+            if implementation == "sdpa":
+                apart.register()
+                return found | {"attention_mask": apart.sizes_as_mask(tuple(sizes), device)}
+            ends = torch.cat([starts, starts.new_tensor([segments.numel()])])
+            both, longest = there(ends.to(torch.int32), device), max(sizes)
+            return found | {
                 **{"cu_seq_lens_q": both, "cu_seq_lens_k": both},
                 **{"max_length_q": longest, "max_length_k": longest},
             }
+        segments = there(segments, device)
+        step = torch.arange(segments.shape[1], device=device)
         same = segments[:, :, None] == segments[:, None, :]
         seen = same & (step[:, None] >= step)
-        window = getattr(self.language.config, "sliding_window", None)
+        window = self._window()
         if window is not None:
             seen &= step[:, None] - step < window
         first = torch.where(same, step, segments.shape[1]).amin(-1)
-        mask = seen[:, None]
-        if self.language.config._attn_implementation == "eager":  # adds its mask instead of choosing by it
-            dtype = self.language.get_input_embeddings().weight.dtype
-            mask = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+        dtype = self.language.get_input_embeddings().weight.dtype
+        # Eager attention adds its mask instead of choosing by it.
+        mask = torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)[:, None]
         return {"attention_mask": mask, "position_ids": step - first}
 
     def head(self, hidden: Tensor) -> Tensor:
@@ -297,7 +313,9 @@ class VLM(nn.Module):
     def cross_entropy(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """(sum, count) over the supervised next tokens; only their logits are computed, a chunk at a time."""
         wanted = labels[:, 1:] != IGNORE
-        rows_TD, target_T = hidden[:, :-1][wanted], labels[:, 1:][wanted].long()
+        at_T = there(F.pad(wanted, (0, 1)).flatten().nonzero()[:, 0], hidden.device)
+        rows_TD = hidden.flatten(0, 1).index_select(0, at_T)
+        target_T = there(labels[:, 1:][wanted].long(), hidden.device)
 
         def chunk(rows: Tensor, target: Tensor) -> Tensor:
             return F.cross_entropy(self.head(rows).float(), target, reduction="sum")

@@ -92,7 +92,17 @@ def load_language(spec: ModelSpec, *, vocab_size: int, seed: int, dtype: Any, fi
     if model.get_input_embeddings().weight.shape[0] < vocab_size:
         _random(lambda: model.resize_token_embeddings(vocab_size, mean_resizing=False), seed)
     model.config.use_cache = False
+    _fuse(model)
     return model
+
+
+def _fuse(model: Any) -> None:
+    """Phi's tanh-approximated GELU in one kernel: written out, it is eight, which keep four tensors and not one."""
+    from transformers.activations import GELUTanh, NewGELUActivation
+
+    for module in model.modules():
+        if isinstance(getattr(module, "activation_fn", None), NewGELUActivation):
+            module.activation_fn = GELUTanh()
 
 
 def language_config(model_type: str, values: Mapping[str, object]) -> Any:

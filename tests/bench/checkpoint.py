@@ -248,6 +248,8 @@ def main() -> None:
     )
     parser.add_argument("--json", type=Path, default=None, help="write every round there too")
     options = parser.parse_args()
+    if options.folder:
+        options.folder.mkdir(parents=True, exist_ok=True)
     warnings.simplefilter("ignore")
     logging.disable(logging.INFO)  # of the DCP process
     torch.set_num_threads(1)

@@ -19,13 +19,14 @@ import time
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-sys.path[0] = str(Path(__file__).resolve().parents[2])
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-import numpy as np  # noqa: E402
+import numpy as np
 
-from data.packing import WINDOW, pack  # noqa: E402
-from data.padding import CHUNKS, MICRO, fill  # noqa: E402
-from data.sampler import by_modality  # noqa: E402
+from data.packing import WINDOW, pack
+from data.padding import CHUNKS, MICRO, fill
+from data.sampler import by_modality
 
 PATCHES, LONGEST, OVERHEAD = 576, 2048, 40
 RANKS = 8

@@ -90,25 +90,34 @@ class Einsum(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        tokens, experts = len(x), len(self.experts)
-        places = math.ceil(tokens / experts * self.factor * TOP_K)
-        chance = F.linear(x.float(), self.router.float()).softmax(-1)
-        first = F.one_hot(chance.argmax(-1), experts)
-        second = F.one_hot(chance.masked_fill(first.bool(), -1).argmax(-1), experts)
-        place1 = (first.cumsum(0) - 1) * first
-        place2 = (second.cumsum(0) - 1 + first.sum(0)) * second
-        kept1, kept2 = first * (place1 < places), second * (place2 < places)
-        weight1, weight2 = (chance * kept1).sum(1), (chance * kept2).sum(1)
-        total = (weight1 + weight2).clamp(min=torch.finfo(torch.float32).eps)
+        def compute(queues: Tensor) -> Tensor:
+            return torch.stack([expert(queue) for expert, queue in zip(self.experts, queues, strict=True)])
 
-        def spread(weight: Tensor, kept: Tensor, place: Tensor) -> Tensor:
-            slot = F.one_hot((place * kept).sum(1), places).float()
-            return torch.einsum("se,sc->sec", (weight / total)[:, None] * kept, slot)
+        return einsum(x, self.router, self.factor, compute)[0]
 
-        combine = spread(weight1, kept1, place1) + spread(weight2, kept2, place2)
-        queues = torch.einsum("sec,sm->ecm", combine.bool().to(x.dtype), x)
-        done = torch.stack([expert(queue) for expert, queue in zip(self.experts, queues, strict=True)])
-        return torch.einsum("sec,ecm->sm", combine.to(x.dtype), done)
+
+def einsum(
+    x: Tensor, router: Tensor, factor: float, compute: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(what the experts made of the tokens, each token's chances, its first choice as a one-hot)."""
+    tokens, experts = len(x), len(router)
+    places = math.ceil(tokens / experts * factor * TOP_K)
+    chance = F.linear(x.float(), router.float()).softmax(-1)
+    first = F.one_hot(chance.argmax(-1), experts)
+    second = F.one_hot(chance.masked_fill(first.bool(), -1).argmax(-1), experts)
+    place1 = (first.cumsum(0) - 1) * first
+    place2 = (second.cumsum(0) - 1 + first.sum(0)) * second
+    kept1, kept2 = first * (place1 < places), second * (place2 < places)
+    weight1, weight2 = (chance * kept1).sum(1), (chance * kept2).sum(1)
+    total = (weight1 + weight2).clamp(min=torch.finfo(torch.float32).eps)
+
+    def spread(weight: Tensor, kept: Tensor, place: Tensor) -> Tensor:
+        slot = F.one_hot((place * kept).sum(1), places).float()
+        return torch.einsum("se,sc->sec", (weight / total)[:, None] * kept, slot)
+
+    combine = spread(weight1, kept1, place1) + spread(weight2, kept2, place2)
+    queues = torch.einsum("sec,sm->ecm", combine.bool().to(x.dtype), x)
+    return torch.einsum("sec,ecm->sm", combine.to(x.dtype), compute(queues)), chance, first
 
 
 class Loop(nn.Module):

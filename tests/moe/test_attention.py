@@ -8,12 +8,15 @@ padding, so other experts fill up, and real tokens are dropped that were not. Bo
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
 
+from moe import apart
 from moe.backbones import LANGUAGE
 from moe.generate import greedy
 from moe.parallel import Groups
@@ -141,6 +144,32 @@ def test_the_references_rules_take_sdpa(monkeypatch: pytest.MonkeyPatch) -> None
     flash.taken(monkeypatch, asked)
     with pytest.raises(UpcycleError, match=r"moe.rules is moe_llava.*set model.attention=auto"):
         upcycle(asked, reference, Groups.single(), seed=0)
+
+
+@pytest.mark.parametrize("window", [None, 3, 6])
+@pytest.mark.parametrize("heads", [4, 2])
+def test_torchs_own_flash_attention_is_asked_for_what_sdpa_computes(heads: int, window: int | None) -> None:
+    """It needs a GPU: its arguments are held to its signature, and computed by hand."""
+    sizes, draw = (5, 8, 1), torch.Generator().manual_seed(0)
+    q = torch.randn(1, 4, sum(sizes), 8, generator=draw)
+    k, v = (torch.randn(1, heads, sum(sizes), 8, generator=draw) for _ in "kv")
+
+    def kernel(*given: Any, **named: Any) -> Tensor:
+        asked = inspect.signature(varlen_attn).bind(*given, **named).arguments
+        assert asked["cu_seq_q"].dtype == torch.int32
+        assert asked["max_q"] == asked["max_k"] == max(sizes)
+        assert asked["enable_gqa"] == (heads < 4)
+        lengths = asked["cu_seq_q"].diff().tolist()
+        assert lengths == asked["cu_seq_k"].diff().tolist() == list(sizes)
+        parts = [torch.split(asked[name], lengths) for name in ("query", "key", "value")]
+        how = (asked["scale"], False, asked["window_size"])
+        return torch.cat([flash.attend(*each, *how) for each in zip(*parts, strict=True)])
+
+    rows = (part[0].transpose(0, 1) for part in (q, k, v))
+    found = apart.by_sizes(kernel, *rows, sizes, 0.3, window)
+    mask = apart.sizes_as_mask(sizes, q.device)
+    want, _ = apart.attend(torch.nn.Module(), q, k, v, mask, scaling=0.3, sliding_window=window)
+    torch.testing.assert_close(found, want[0], rtol=1e-4, atol=1e-5)
 
 
 def test_answers_are_those_of_sdpa(monkeypatch: pytest.MonkeyPatch) -> None:

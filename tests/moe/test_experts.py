@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from transformers.activations import NewGELUActivation
 
 from moe import one_by_one
 from moe.experts import Experts, _grouped, dense_weights
@@ -115,3 +116,17 @@ def test_parameters_say_which_experts_they_hold(experts: tuple[torch.nn.Module, 
     for parameter in stacked.parameters():
         assert (parameter.expert_dim, parameter.expert_offset, parameter.expert_total) == (0, 3, 6)
         assert parameter.shape[0] == 3
+
+
+def test_phis_activation_keeps_one_tensor_and_gives_transformers_numbers() -> None:
+    found = model("phi2").layers()[0].mlp.activation_fn  # type: ignore[union-attr]
+    x, kept = torch.linspace(-6, 6, 101, requires_grad=True), set[int]()
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        kept.add(tensor.data_ptr())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        y = found(x)
+    assert len(kept) == 1
+    torch.testing.assert_close(y, NewGELUActivation()(x), rtol=1e-5, atol=1e-6)
