@@ -41,7 +41,7 @@ def sizes_as_mask(sizes: tuple[int, ...], device: torch.device) -> Tensor:
     Without sizes each row is one sample, whose positions see all before them. It has four dimensions, by which
     transformers takes it for made; of another, or of none, it would make one of S x S where it sees packed samples.
     """
-    mask = torch.empty(1, 1, 1, 1, device=device)
+    mask = torch.full((1, 1, 1, 1), torch.nan, device=device)  # taken for a mask, it would not go unnoticed
     mask.sample_sizes = sizes  # type: ignore[attr-defined]
     return mask
 
