@@ -68,7 +68,7 @@ class Batch:
 def locked(runs: Path) -> Iterator[int]:
     """One submitter at a time in a folder of runs; others wait. Yields the lock, for a child that must hold it too."""
     runs.mkdir(parents=True, exist_ok=True)
-    with open(runs / ".submit.lock", "w") as file:
+    with open(runs / batches.LOCK, "a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield file.fileno()
 
@@ -92,8 +92,8 @@ def unique(token: str) -> str:
 def adopt(folder: Path, jobs: Callable[[], Mapping[str, cluster.Job]]) -> None:
     """Find the jobs of batches whose submitter died before it could write down their ids."""
     lost = []
-    for path in sorted((folder / "batches").glob("*/batch.json")):
-        facts = read_json(path) or {}
+    for token in batches.tokens(str(folder)):
+        facts = read_json(path := folder / "batches" / token / "batch.json") or {}
         if facts.get("state") == "intent":
             lost.append((path, facts))
     for path, facts in lost:
@@ -131,6 +131,7 @@ def prepare(batch: Batch, code: Path, began: Collection[str] = (), after: float 
     for name, text in texts.items():
         write_text(batch.folder / name, text, flush=False)
         sync_folder(batch.folder / name)
+    batches.tell(str(batch.folder.parent.parent), batch.token)
     write_json(batch.folder / "batch.json", {"state": "intent", "token": batch.token})
     for run in there:
         facts = {"batch": str(batch.folder), "index": batch.element(run), "code": code.name}
@@ -230,7 +231,7 @@ def submit(plan: Plan, code: Path) -> Iterator[tuple[Batch, str]]:
             raise cluster.SlurmError(NOT_HERE)
         queue = cache(cluster.jobs)
         adopt(root, queue)
-        if any(root.glob("batches/*/batch.json")):
+        if batches.tokens(str(root)):
             limbo.look(root)
         seen = look(plan, queue)
         jobs = seen.elements()

@@ -90,6 +90,21 @@ def test_a_sweep_is_three_files_and_one_request_whatever_its_size(
     assert not (slurm / "asked").exists()
 
 
+def test_a_batch_that_a_listing_does_not_show_yet_is_not_sent_again(
+    tmp_path: Path, slurm: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on NFS, where a login node may list a folder as it was a minute ago."""
+    file, old, listing = str(chain.write(tmp_path)), tmp_path / "old", os.scandir
+    old.mkdir()
+    assert command(file)[0] == 0
+    sent = sorted(slurm.glob("sent_*"))
+    monkeypatch.setattr(os, "scandir", lambda path: listing(old if str(path).endswith("/batches") else path))
+    code, said = command(file)
+    assert code == 0
+    assert sorted(slurm.glob("sent_*")) == sent
+    assert "nothing to do" in said
+
+
 def test_a_run_that_waits_reads_as_one_with_a_folder(tmp_path: Path, slurm: Path, command: Command) -> None:
     file = chain.write(tmp_path, sweep2=SWEEP).with_name("s2.yaml")
     assert command(str(file))[0] == 0
