@@ -29,6 +29,11 @@ from launch.operating.survey import read_all
 from launch.plan import Plan, Run, StagePlan, runs_folder
 from launch.recovery import avoid, limbo
 
+NO_LOCKS = (
+    "{} cannot be locked ({}), which keeps two submitters from sending the same runs\n"
+    "  hint: have its file system mounted with locks (Lustre: `flock`, or `localflock` where all submit from one node; "
+    "NFS: its lock service), or say runs=FOLDER on one that has them"
+)
 NOT_HERE = "sbatch: not found; is this a SLURM login node? cluster=local runs here"
 
 
@@ -64,12 +69,22 @@ class Batch:
         return ["sbatch", "--parsable", *after, *away, str(self.folder / "script.sbatch")]
 
 
+class NoLockError(OSError):
+    """The file system of the runs has no locks; the text says what to do."""
+
+    def __str__(self) -> str:
+        return str(self.strerror)
+
+
 @contextmanager
 def locked(runs: Path) -> Iterator[int]:
     """One submitter at a time in a folder of runs; others wait. Yields the lock, for a child that must hold it too."""
     runs.mkdir(parents=True, exist_ok=True)
     with open(runs / batches.LOCK, "a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            raise NoLockError(error.errno, NO_LOCKS.format(runs, error.strerror), file.name) from None
         yield file.fileno()
 
 

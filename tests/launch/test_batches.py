@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import shutil
@@ -103,6 +105,26 @@ def test_a_batch_that_a_listing_does_not_show_yet_is_not_sent_again(
     assert code == 0
     assert sorted(slurm.glob("sent_*")) == sent
     assert "nothing to do" in said
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
+def test_a_file_system_without_locks_is_named_with_the_way_out(
+    tmp_path: Path, slurm: Path, command: Command, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    file = str(chain.write(tmp_path))
+    assert command(file)[0] == 0
+
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number))  # Lustre, mounted without `flock`
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    (slurm / "squeue").write_text("#!/bin/sh\n")  # none of them is in the queue any more
+    for words in ([file], ["resubmit", "-y", "s1"]):
+        code, said = command(*words)
+        assert code == 1, said
+        assert f"{tmp_path / 'runs'} cannot be locked ({os.strerror(number)})" in said
+        assert "`flock`" in said
+        assert "runs=FOLDER" in said
 
 
 def test_a_run_that_waits_reads_as_one_with_a_folder(tmp_path: Path, slurm: Path, command: Command) -> None:
