@@ -147,7 +147,8 @@ def prepare(batch: Batch, code: Path, began: Collection[str] = (), after: float 
         write_text(batch.folder / name, text, flush=False)
         sync_folder(batch.folder / name)
     batches.tell(str(batch.folder.parent.parent), batch.token)
-    write_json(batch.folder / "batch.json", {"state": "intent", "token": batch.token})
+    here = {"host": host()} if batch.stage.spec.cluster.executor == "local" else {}
+    write_json(batch.folder / "batch.json", {"state": "intent", "token": batch.token, **here})
     for run in there:
         facts = {"batch": str(batch.folder), "index": batch.element(run), "code": code.name}
         append_line(run.folder.journal_file, {"event": "submitting", "time": now, **facts}, flush=False)

@@ -107,6 +107,28 @@ def test_a_batch_that_a_listing_does_not_show_yet_is_not_sent_again(
     assert "nothing to do" in said
 
 
+@pytest.mark.parametrize(("host", "state"), [({}, "unknown"), ({"host": os.uname().nodename}, "stopped")])
+def test_what_may_have_been_sent_is_unknown_while_slurm_is_away(
+    tmp_path: Path, slurm: Path, command: Command, host: dict[str, str], state: str
+) -> None:
+    """The submitter died with its intent written; one on this machine has not started anything then."""
+    file = str(chain.write(tmp_path).with_name("s1.yaml"))
+    assert command(file)[0] == 0
+    (batch,) = tmp_path.glob("runs/batches/*/batch.json")
+    write_json(batch, {"state": "intent", "token": batch.parent.name, **host})
+    assert "queued" in command("status")[1]
+    (slurm / "squeue").write_text(
+        "#!/bin/sh\necho squeue: error: Unable to contact slurm controller >&2; exit 1\n"
+    )
+    said = command("status")[1]
+    assert state in said
+    assert ("whether it took the job is not known" in said) is (state == "unknown")
+    assert ("never started" in said) is (state == "stopped")
+    assert "#SBATCH" not in command(file, "--dry-run")[1] or state == "stopped"
+    (slurm / "squeue").write_text("#!/bin/sh\n")
+    assert "never started" in command("status")[1]
+
+
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
 def test_a_file_system_without_locks_is_named_with_the_way_out(
     tmp_path: Path, slurm: Path, command: Command, monkeypatch: pytest.MonkeyPatch, number: int
