@@ -18,6 +18,7 @@ from typing import Any
 
 from launch.files import read_json
 
+LOCK = ".submit.lock"  # in the folder of runs: one submitter at a time holds it, and notes its batches in it
 VERSION = 2  # of plan.json; in version 1 each run's folder was made before its job was submitted
 
 
@@ -97,14 +98,38 @@ def entry_of(batch: str, index: str) -> Entry | None:
     return Entry(batch, int(index), _name(plan, index), plan)
 
 
+def tell(root: str, token: str) -> None:
+    """Note a batch where whoever has the submit lock next will look."""
+    handle = os.open(f"{root}/{LOCK}", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
+    try:
+        os.write(handle, f"{token}\n".encode())
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def tokens(root: str) -> list[str]:
+    """The names of the batches, in order: those that a listing shows, and those noted.
+
+    On NFS a listing may be a minute old, so that the batch of a submitter on another node is not in it yet. What is in
+    a file is as its last writer closed it, and a name never asked for before is asked for at the server.
+    """
+    try:
+        found = {entry.name for entry in os.scandir(f"{root}/batches")}
+    except OSError:
+        found = set()
+    try:
+        with open(f"{root}/{LOCK}", encoding="utf-8", errors="replace") as file:
+            found |= {line.strip() for line in file} - {""}
+    except OSError:
+        pass
+    return sorted(found)
+
+
 def _seen(root: str) -> tuple[tuple[str, int], ...]:
     """The batches that were sent, or are about to be, each with the time at which the last of its folders was made."""
     found = []
-    try:
-        tokens = sorted(entry.name for entry in os.scandir(f"{root}/batches"))
-    except OSError:
-        return ()
-    for token in tokens:
+    for token in tokens(root):
         if ".after-" not in token and os.path.exists(f"{root}/batches/{token}/batch.json"):
             try:
                 found.append((token, os.stat(f"{root}/batches/{token}/made").st_mtime_ns))

@@ -298,6 +298,9 @@ def _complain(message: str, hint: str = "") -> int:
 
 
 def _disk(error: OSError) -> int:
+    if isinstance(error, submission.NoLockError):
+        print(f"error: {error}", file=sys.stderr)
+        return FAILED
     where = error.filename2 or error.filename or "a file"  # of a copy, what is written
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)
     do = "make room" if full else "say runs=FOLDER with one that you may write to"

@@ -5,10 +5,12 @@ What other programs read later is written beside and renamed; what grows is one 
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import stat
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -59,17 +61,22 @@ def append_line(path: Path, record: Mapping[str, object], *, flush: bool = True)
     """Add one record to a journal with a single write; records of several writers do not mix.
 
     A line that a full disk or a crash cut short is ended first, so that it takes no whole one with it. Without `flush`
-    the caller sees to it that it is on the disk (`flush_all`).
+    the caller sees to it that it is on the disk (`flush_all`). The lock is for NFS, where each node takes the end for
+    where it last saw it, and writes over what another has added; with the lock it asks the server.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     line = (json.dumps(record, sort_keys=True) + "\n").encode()
     handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
     try:
+        with suppress(OSError):  # a file system without locks; those that need one for this have it
+            fcntl.flock(handle, fcntl.LOCK_EX)
         size = os.fstat(handle).st_size
         if size and os.pread(handle, 1, size - 1) != b"\n":
             line = b"\n" + line
         while line := line[os.write(handle, line) :]:
             pass  # a short write: the next one says why, or completes the line
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_UN)  # nobody waits for this one's disk
         if flush:
             os.fsync(handle)
     finally:

@@ -30,6 +30,8 @@ from launch.recovery.watch import DUMP, Limits, Watch, note
 from launch.submission import Batch, host, locked, prepare, token_of
 from launch.verdict import speak
 
+FULL = "make room, or lower train.keep; the same command goes on from the last saved step"
+
 
 class LocalError(Exception):
     """A run on this machine ended without finishing; the text says how."""
@@ -163,7 +165,10 @@ def _finish(one: Run, stage: StagePlan, code: Path, interrupts: Interrupts) -> N
             found = Finding("preempted", "SIGTERM")  # ended as it loaded
         interrupted = found.verdict == "preempted" and found.reason == "SIGTERM"
         done = found.verdict == "finished"
-        back = not done and not interrupted and comes_back(folder, found.verdict)
+        full = (
+            found.verdict == "full disk"
+        )  # nobody but this user makes room here, and who waits is told at once
+        back = not done and not interrupted and not full and comes_back(folder, found.verdict)
         again = back and not interrupts.pressed
         stop = "" if done or back or interrupted else held(folder, found.verdict)
         speak(folder, attempt, found, again=again, held=stop)
@@ -171,7 +176,8 @@ def _finish(one: Run, stage: StagePlan, code: Path, interrupts: Interrupts) -> N
             raise KeyboardInterrupt
         if not done and not again:
             log = f"{folder.logs(attempt)}/rank_{found.rank}.log"
-            raise LocalError(f"{one.name}: {found.verdict}: {found.reason}\n  log: {log}")
+            do = f"\n  {FULL}" if full else ""
+            raise LocalError(f"{one.name}: {found.verdict}: {found.reason}{do}\n  log: {log}")
         if not done:
             print(f"{one.name}: {found.verdict} ({first_line(found.reason)}); starting again", flush=True)
 

@@ -46,7 +46,7 @@ class NoTracker:
         return frozenset()
 
     def finish(self, outcome: str, within: float | None = None) -> None:
-        """End the attempt: finished, preempted or failed; in as many seconds, where there are no more."""
+        """End the attempt: finished, preempted, failed or fenced; in as many seconds, where there are no more."""
 
 
 class JsonlTracker(NoTracker):
@@ -87,8 +87,9 @@ class JsonlTracker(NoTracker):
     def finish(self, outcome: str, within: float | None = None) -> None:
         if self._file < 0:
             return
-        self._write()
-        self._make_durable()
+        if outcome != "fenced":  # else what waits would go among the rows of another attempt
+            self._write()
+            self._make_durable()
         os.close(self._file)
         self._file = -1
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -54,8 +54,15 @@ class Journal(tracking.NoTracker):
         """Stop before the step is written to the other attempt's files."""
         self.lease.guard()
 
+    def table(self, name: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+        self.lease.guard()
+
+    def summary(self, values: Mapping[str, object]) -> None:
+        self.lease.guard()
+
     def publish(self, checkpoint: Checkpoint) -> None:
         """Note that a step is safe."""
+        self.lease.guard()
         seconds = round(checkpoint.seconds, 3)
         self.folder.note("saved", attempt=self.attempt, step=checkpoint.step, seconds=seconds)
         self.saved(seconds)
@@ -117,6 +124,8 @@ def run_stage(folder: RunFolder, place: Place, warned: Callable[[], bool], pulse
             raise StageError(_unreadable(folder))
         start_step = found[0].step
         loader.load_state_dict(found[1]["loader"])
+    if lease:
+        lease.guard()  # loading took minutes, and rows after start_step are about to go
     number = sum(1 for entry in folder.journal if entry["event"] == "start")
     groups.barrier()  # all have counted the attempts before this one is noted
     if groups.rank == 0:
@@ -158,10 +167,12 @@ def run_stage(folder: RunFolder, place: Place, warned: Callable[[], bool], pulse
     try:
         outcome = trainer.fit()
     except BaseException:
-        tracker.finish("failed")
+        tracker.finish(lease.ending() if lease else "failed")
         raise
     finally:
         loader.close()
+    if lease:
+        lease.guard()  # since the last step
     if outcome is Outcome.PREEMPTED:
         orders.note(folder)
     if outcome is Outcome.FINISHED:
@@ -277,7 +288,14 @@ def _tracker(
         "tags": list(spec.wandb.tags),
     }
     found = tracking.trackers(
-        folder.path, run, plain(spec), spec.wandb, rank=groups.rank, attempt=number, start_step=start_step
+        folder.path,
+        run,
+        plain(spec),
+        spec.wandb,
+        rank=groups.rank,
+        attempt=number,
+        start_step=start_step,
+        lease=journal.lease.token if journal else "",
     )
     if parent and journal:
         found.use(parent[1])

@@ -29,6 +29,11 @@ from launch.operating.survey import read_all
 from launch.plan import Plan, Run, StagePlan, runs_folder
 from launch.recovery import avoid, limbo
 
+NO_LOCKS = (
+    "{} cannot be locked ({}), which keeps two submitters from sending the same runs\n"
+    "  hint: have its file system mounted with locks (Lustre: `flock`, or `localflock` where all submit from one node; "
+    "NFS: its lock service), or say runs=FOLDER on one that has them"
+)
 NOT_HERE = "sbatch: not found; is this a SLURM login node? cluster=local runs here"
 
 
@@ -64,12 +69,22 @@ class Batch:
         return ["sbatch", "--parsable", *after, *away, str(self.folder / "script.sbatch")]
 
 
+class NoLockError(OSError):
+    """The file system of the runs has no locks; the text says what to do."""
+
+    def __str__(self) -> str:
+        return str(self.strerror)
+
+
 @contextmanager
 def locked(runs: Path) -> Iterator[int]:
     """One submitter at a time in a folder of runs; others wait. Yields the lock, for a child that must hold it too."""
     runs.mkdir(parents=True, exist_ok=True)
-    with open(runs / ".submit.lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with open(runs / batches.LOCK, "a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            raise NoLockError(error.errno, NO_LOCKS.format(runs, error.strerror), file.name) from None
         yield file.fileno()
 
 
@@ -92,8 +107,8 @@ def unique(token: str) -> str:
 def adopt(folder: Path, jobs: Callable[[], Mapping[str, cluster.Job]]) -> None:
     """Find the jobs of batches whose submitter died before it could write down their ids."""
     lost = []
-    for path in sorted((folder / "batches").glob("*/batch.json")):
-        facts = read_json(path) or {}
+    for token in batches.tokens(str(folder)):
+        facts = read_json(path := folder / "batches" / token / "batch.json") or {}
         if facts.get("state") == "intent":
             lost.append((path, facts))
     for path, facts in lost:
@@ -131,7 +146,9 @@ def prepare(batch: Batch, code: Path, began: Collection[str] = (), after: float 
     for name, text in texts.items():
         write_text(batch.folder / name, text, flush=False)
         sync_folder(batch.folder / name)
-    write_json(batch.folder / "batch.json", {"state": "intent", "token": batch.token})
+    batches.tell(str(batch.folder.parent.parent), batch.token)
+    here = {"host": host()} if batch.stage.spec.cluster.executor == "local" else {}
+    write_json(batch.folder / "batch.json", {"state": "intent", "token": batch.token, **here})
     for run in there:
         facts = {"batch": str(batch.folder), "index": batch.element(run), "code": code.name}
         append_line(run.folder.journal_file, {"event": "submitting", "time": now, **facts}, flush=False)
@@ -230,7 +247,7 @@ def submit(plan: Plan, code: Path) -> Iterator[tuple[Batch, str]]:
             raise cluster.SlurmError(NOT_HERE)
         queue = cache(cluster.jobs)
         adopt(root, queue)
-        if any(root.glob("batches/*/batch.json")):
+        if batches.tokens(str(root)):
             limbo.look(root)
         seen = look(plan, queue)
         jobs = seen.elements()

@@ -82,15 +82,20 @@ def trackers(
     rank: int,
     attempt: int,
     start_step: int,
+    lease: str = "",
 ) -> NoTracker:
-    """What this rank records with; `run` has id, name, experiment, stage and perhaps tags."""
+    """What this rank records with; `run` has id, name, experiment, stage and perhaps tags. `lease`: its token."""
     if rank:
         return NoTracker()
     members: list[NoTracker] = [JsonlTracker(run_dir / "metrics.jsonl", start_step=start_step)]
     if spec.mode != "disabled" and os.environ.get("WANDB_MODE") != "disabled":
         tags = (*spec.tags, *run.get("tags", ()))
         identity = (str(run["id"]), str(run["name"]), str(run["experiment"]), str(run["stage"]), tags)
-        members.append(WandbTracker(*identity, config, spec, run_dir, attempt=attempt, start_step=start_step))
+        members.append(
+            WandbTracker(
+                *identity, config, spec, run_dir, attempt=attempt, start_step=start_step, lease=lease
+            )
+        )
     return Trackers(*members)
 
 
@@ -115,8 +120,9 @@ class WandbTracker(NoTracker):
         *,
         attempt: int,
         start_step: int,
+        lease: str = "",
     ) -> None:
-        self.folder, self.attempt = folder.absolute(), attempt
+        self.folder, self.attempt, self.lease = folder.absolute(), attempt, lease
         self._wanted = self.folder / "wandb" / "wanted.jsonl"
         self._process: subprocess.Popen[bytes] | None = None
         self._starts, self._next_look = 0, 0.0
@@ -215,7 +221,7 @@ class WandbTracker(NoTracker):
             _hang_up(self._process)
         with (self.folder / "wandb" / f"mirror_{self.attempt}.log").open("ab") as log:
             self._process = subprocess.Popen(
-                [*self.command, str(self.folder), str(self.attempt)],
+                [*self.command, str(self.folder), str(self.attempt), self.lease],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,

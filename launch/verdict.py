@@ -8,7 +8,6 @@ where the user cancelled it the run stays cancelled.
 from __future__ import annotations
 
 import os
-import re
 import signal
 import sys
 import time
@@ -21,7 +20,6 @@ from launch.record import RunFolder, of_element
 from launch.recovery import avoid, lifeline, limbo, successor
 from launch.recovery.causes import CAUSES
 from launch.recovery.findings import Finding, comes_back, delay, first_line, fruitless, held, of_attempt
-from launch.recovery.pulse import beats
 
 AWAY = 4 * 3600.0  # seconds: slurmctld is upgraded, say
 SPOKEN = 3  # exit code: the run is not done. With any other but 0 no verdict was spoken
@@ -191,25 +189,6 @@ def change(element: str, *settings: str) -> str:
         except cluster.SlurmError as error:
             said = str(error)
     return said
-
-
-def late(root: Path, folder: RunFolder, element: str, restarts: int) -> None:
-    """Speak for the attempt before this one, where SLURM took its batch host away, and the verdict with it."""
-    attempt = f"{element}-{restarts - 1}"
-    if not restarts or any(r["event"] == "verdict" and r.get("attempt") == attempt for r in folder.journal):
-        return
-    had = sorted({beat.node for beat in beats(folder.logs(attempt)).values()})
-    lost = avoid.down(",".join(had)) if had else ()
-    rows = [row for row in cluster.past([element]).get(element, []) if row.ended][-1:]
-    if lost:
-        found = Finding("infrastructure", f"SLURM lost {', '.join(lost)}", lost)
-    elif rows and rows[0].state == "NODE_FAIL":
-        one = () if re.search(r"[\[,]", rows[0].nodes) else (rows[0].nodes,)
-        found = Finding("infrastructure", f"SLURM lost one of its nodes ({rows[0].nodes})", one)
-    else:
-        found = Finding("preempted", "requeued by SLURM before a save")
-    avoid.Nodes.of(root, folder, {}).blame(found, attempt)
-    speak(folder, attempt, found, again=True, late=True)
 
 
 def main(arguments: list[str]) -> int:

@@ -1,12 +1,16 @@
-"""The process that brings a run folder to W&B while the run trains: python -m launch.online.mirror FOLDER ATTEMPT
+"""The process that brings a run to W&B while it trains: python -m launch.online.mirror FOLDER ATTEMPT [LEASE]
 
 It reads metrics.jsonl and wandb/wanted.jsonl as they grow. Its input says how the attempt ended; where the
-input ends without a word the trainer was killed, and what it wrote is still sent. It is a process and not a
-thread: a client that hangs, crashes or exits takes no training along, and its environment has no secrets.
+input ends without a word the trainer was killed, and what it wrote is still sent. Where the run's lease is no longer
+LEASE, the run is another attempt's, and so is its page: nothing more is sent, and no end is told.
+
+It is a process and not a thread: a client that hangs, crashes or exits takes no training along, and its environment
+has no secrets.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import signal
@@ -25,7 +29,7 @@ from launch.online import session as client
 from launch.online.reach import Lock, account, reachable
 from launch.online.sync import delivered
 from launch.operating import ledger
-from launch.operating.status import State
+from launch.operating.status import State, children
 from launch.record import RunFolder
 
 TICK_SECONDS = 1.0
@@ -40,8 +44,8 @@ NODES_SECONDS = 15.0  # between looks at the nodes' samples
 class Mirror:
     """One attempt's rows and wishes on their way to W&B."""
 
-    def __init__(self, folder: Path, attempt: int) -> None:
-        self.folder, self.attempt = folder, attempt
+    def __init__(self, folder: Path, attempt: int, lease: str = "") -> None:
+        self.folder, self.attempt, self.lease = folder, attempt, lease
         job = read_json(folder / "wandb" / f"attempt_{attempt}.json")
         if job is None:
             raise SystemExit(
@@ -63,13 +67,28 @@ class Mirror:
         """Follow the trainer until it ends."""
         self.wait_for_predecessor()
         self.tell(orders.kept(RunFolder(self.folder)))
-        while True:
+        while not self.fenced():
             self.work()
             outcome = listen(TICK_SECONDS)
-            if outcome:
+            if outcome and not self.fenced():
                 self.work()
                 self.end(outcome)
                 return
+        self.withdraw()
+
+    def fenced(self) -> bool:
+        """Whether a later execution has taken the run over."""
+        holder = read_json(RunFolder(self.folder).lease_file) if self.lease else None
+        return holder is not None and holder.get("token") != self.lease
+
+    def withdraw(self) -> None:
+        """End without a word to the server: wandb's own process would tell it, however it is asked to end."""
+        for child in children(os.getpid()):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)
+        self.say("another attempt has taken the run over")
+        self.state |= {"closed": True, "outcome": "fenced"}
+        self.beat(now=True)
 
     def work(self) -> None:
         try:
@@ -282,7 +301,7 @@ def main() -> None:
     # SLURM signals every process of a step; what a warning means, the trainer says on the input.
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    Mirror(Path(sys.argv[1]), int(sys.argv[2])).live()
+    Mirror(Path(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:]).live()
     # Without this, wandb's exit handlers wait once more for a server that has just been given up.
     sys.stderr.flush()
     os._exit(0)

@@ -104,6 +104,9 @@ def _submit(lines: Sequence[Line], options: argparse.Namespace) -> int:
         print(f"error: SLURM: {error}", file=sys.stderr)
         print("  what was submitted before stays; repeat the command to go on from there", file=sys.stderr)
         return NO_SLURM
+    except submission.NoLockError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return FAILED
     except OSError as error:
         print(f"error: {error.filename or 'a file'} cannot be written: {error.strerror}", file=sys.stderr)
         return FAILED

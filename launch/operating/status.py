@@ -88,6 +88,8 @@ def _judge(facts: Facts, queue: Mapping[str, Job] | None, batches: Batches) -> t
             return "unknown", f"runs on {batch.get('host')}", str(batch["pid"])
         if alive(batch["pid"], batch["started"]):
             return "running", asked, str(batch["pid"])
+    if queue is None and batch.get("state") == "intent" and "host" not in batch:
+        return "unknown", "SLURM does not answer, and whether it took the job is not known", ""
     job = job_of(batch, queue)
     found: Job | None = None
     if job:

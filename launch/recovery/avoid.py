@@ -128,9 +128,9 @@ class Nodes:
         except cluster.SlurmError:
             return ()
         every = [cluster.fields(line) for line in shown.splitlines() if line.strip()]
-        mine = ("PartitionName", self.partition) if self.partition else ("Default", "YES")
-        total = next((row.get("TotalNodes", "0") for row in every if row.get(mine[0]) == mine[1]), "0")
-        return chosen(found, now, int(total) if total.isdigit() else 0, self.needed)
+        key, wanted = ("PartitionName", self.partition.split(",")) if self.partition else ("Default", ["YES"])
+        mine = (row.get("TotalNodes", "0") for row in every if row.get(key) in wanted)
+        return chosen(found, now, sum(int(total) for total in mine if total.isdigit()), self.needed)
 
     def settings(self, nodes: tuple[str, ...]) -> tuple[str, ...]:
         """What `scontrol update` is told, if anything changes; nodes whose time is over are let in again."""

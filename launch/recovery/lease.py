@@ -32,6 +32,14 @@ class Lease:
         self.folder, self.attempt, self.token = folder, attempt, uuid.uuid4().hex
         write_json(folder.lease_file, {"attempt": attempt, "token": self.token})
 
+    def ending(self) -> str:
+        """How an attempt ends that has raised: its failure may not be told of a run that is another's by now."""
+        try:
+            self.guard()
+        except FencedError as error:
+            return error.verdict
+        return "failed"
+
     def guard(self) -> None:
         """Raise FencedError unless the hold is still this one."""
         found = read_json(self.folder.lease_file) or {}

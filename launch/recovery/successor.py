@@ -118,6 +118,8 @@ def prepare(batch: Path, folder: RunFolder, element: str) -> None:
 
     What SLURM refuses of it is noted.
     """
+    from launch.recovery.late import bereft
+
     attempt = f"{element}-0"
     try:
         token = cluster.show(element).get("Comment", "")
@@ -126,7 +128,10 @@ def prepare(batch: Path, folder: RunFolder, element: str) -> None:
                 folder.note("cancelled", by=by(before), job=before)
                 cluster.call("scancel", element.partition("_")[0], timeout=30)
                 return
-            take_over(folder, batch.with_name(token), token.partition(".after-")[2])
+            take_over(folder, batch.with_name(token), before)  # before its ranks begin
+            if not bereft(batch.parent.parent, folder, before):
+                cluster.call("scancel", element.partition("_")[0], timeout=30)
+                return
         job = submit(batch, element, f"--dependency=afternotok:{element}")
         for waiting, same in list(dependents(element, element)):
             if "," not in same and job not in same:  # SLURM has no mixture of "and" and "or"

@@ -138,7 +138,7 @@ def note(folder: RunFolder, attempt: str, silence: Silence) -> None:
 
 def main(arguments: list[str]) -> int:
     """Watch this job's attempt until it hangs, or until the batch script ends this process."""
-    from launch.verdict import late
+    from launch.recovery.late import late
 
     batch = Path(arguments[0])
     try:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import shutil
@@ -88,6 +90,63 @@ def test_a_sweep_is_three_files_and_one_request_whatever_its_size(
     assert made == [".submit.lock", "batch.json", "plan.json", "script.sbatch"]
     assert len(list(slurm.glob("sent_*"))) == 1
     assert not (slurm / "asked").exists()
+
+
+def test_a_batch_that_a_listing_does_not_show_yet_is_not_sent_again(
+    tmp_path: Path, slurm: Path, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on NFS, where a login node may list a folder as it was a minute ago."""
+    file, old, listing = str(chain.write(tmp_path)), tmp_path / "old", os.scandir
+    old.mkdir()
+    assert command(file)[0] == 0
+    sent = sorted(slurm.glob("sent_*"))
+    monkeypatch.setattr(os, "scandir", lambda path: listing(old if str(path).endswith("/batches") else path))
+    code, said = command(file)
+    assert code == 0
+    assert sorted(slurm.glob("sent_*")) == sent
+    assert "nothing to do" in said
+
+
+@pytest.mark.parametrize(("host", "state"), [({}, "unknown"), ({"host": os.uname().nodename}, "stopped")])
+def test_what_may_have_been_sent_is_unknown_while_slurm_is_away(
+    tmp_path: Path, slurm: Path, command: Command, host: dict[str, str], state: str
+) -> None:
+    """The submitter died with its intent written; one on this machine has not started anything then."""
+    file = str(chain.write(tmp_path).with_name("s1.yaml"))
+    assert command(file)[0] == 0
+    (batch,) = tmp_path.glob("runs/batches/*/batch.json")
+    write_json(batch, {"state": "intent", "token": batch.parent.name, **host})
+    assert "queued" in command("status")[1]
+    (slurm / "squeue").write_text(
+        "#!/bin/sh\necho squeue: error: Unable to contact slurm controller >&2; exit 1\n"
+    )
+    said = command("status")[1]
+    assert state in said
+    assert ("whether it took the job is not known" in said) is (state == "unknown")
+    assert ("never started" in said) is (state == "stopped")
+    assert "#SBATCH" not in command(file, "--dry-run")[1] or state == "stopped"
+    (slurm / "squeue").write_text("#!/bin/sh\n")
+    assert "never started" in command("status")[1]
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
+def test_a_file_system_without_locks_is_named_with_the_way_out(
+    tmp_path: Path, slurm: Path, command: Command, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    file = str(chain.write(tmp_path))
+    assert command(file)[0] == 0
+
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number))  # Lustre, mounted without `flock`
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    (slurm / "squeue").write_text("#!/bin/sh\n")  # none of them is in the queue any more
+    for words in ([file], ["resubmit", "-y", "s1"]):
+        code, said = command(*words)
+        assert code == 1, said
+        assert f"{tmp_path / 'runs'} cannot be locked ({os.strerror(number)})" in said
+        assert "`flock`" in said
+        assert "runs=FOLDER" in said
 
 
 def test_a_run_that_waits_reads_as_one_with_a_folder(tmp_path: Path, slurm: Path, command: Command) -> None:

@@ -287,3 +287,26 @@ def test_what_slurm_is_told_keeps_the_specs_own_exclusions(tmp_path: Path) -> No
     nodes.blame(Finding("infrastructure", "a switch", ("n4", "n5", "n6")), "7_0-2")
     nodes.blame(Finding("error", "no", ("n7",)), "7_0-3")
     assert [record["node"] for record in read_lines(tmp_path / avoid.LEDGER)] == ["n3"]
+
+
+@pytest.mark.parametrize(
+    ("partition", "nodes", "avoided"),
+    [
+        ("long,short", 14, ["--exclude=n1"]),  # 15 nodes together
+        ("long,short", 15, []),
+        ("short", 4, ["--exclude=n1"]),
+        ("", 10, []),  # the default one
+    ],
+)
+def test_of_several_partitions_the_nodes_count_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, partition: str, nodes: int, avoided: list[str]
+) -> None:
+    strike(tmp_path, "n1", 60)
+    (tmp_path / "scontrol").write_text(
+        "#!/bin/sh\n"
+        "echo PartitionName=long Default=YES TotalNodes=10\n"
+        "echo PartitionName=short Default=NO TotalNodes=5\n"
+    )
+    (tmp_path / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    assert avoid.options(tmp_path, "", partition, nodes) == avoided

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import pytest
 from launch.files import read_lines
 from launch.operating.status import alive, batch_of
 from launch.record import RunFolder
+from launch.recovery.hands import LocalHands
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 60
@@ -165,3 +167,24 @@ def test_an_error_on_a_rank_ends_in_words(
     assert "Traceback" not in said + complained
     # What the data lack, they lack on a second attempt too.
     assert sum(record["event"] == "verdict" for record in folder.journal) == 1
+
+
+@pytest.mark.slow
+def test_a_full_disk_ends_it_at_once_and_the_same_command_goes_on(
+    start: Callable[..., subprocess.Popen[str]], folder: RunFolder
+) -> None:
+    full = start("train.save_every=20")
+    until(lambda: len(steps(folder)) > 2)
+    assert LocalHands(folder, random.Random(0)).fill()
+    said, complained = full.communicate(timeout=600)
+    assert full.returncode == 1
+    assert "starting again" not in said
+    assert "full disk: step_00000020 was not saved" in complained
+    assert "make room, or lower train.keep; the same command goes on" in complained
+    assert [(r["verdict"], r["again"]) for r in folder.journal if r["event"] == "verdict"] == [
+        ("full disk", False)
+    ]
+    again = start("train.save_every=20")
+    again.communicate(timeout=600)
+    assert again.returncode == 0
+    assert steps(folder) == list(range(1, STEPS + 1))

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
+
+import pytest
 
 from launch.files import read_json, write_json
 from launch.record import RunFolder, find_runs
@@ -57,6 +62,34 @@ def test_the_journal_skips_a_torn_line(tmp_path: Path) -> None:
         file.write('{"event": "sav')
     assert [record["event"] for record in folder.journal] == ["start"]
     assert folder.last("start", "saved")["attempt"] == "a"  # type: ignore[index]
+
+
+def test_a_record_waits_for_another_nodes_and_goes_behind_it(tmp_path: Path) -> None:
+    """Another NFS client writes where it saw the end when it took the lock, whatever has been added since."""
+    folder = RunFolder(tmp_path)
+    folder.note("start", attempt="a")
+    with open(folder.journal_file, "r+b") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        end = other.seek(0, os.SEEK_END)
+        here = threading.Thread(target=lambda: folder.note("saved", step=1))
+        here.start()
+        here.join(0.3)
+        os.pwrite(other.fileno(), b'{"event": "verdict", "time": 1.0}\n', end)
+    here.join()
+    assert [record["event"] for record in folder.journal] == ["start", "verdict", "saved"]
+
+
+def test_without_locks_records_are_written_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))  # Lustre, mounted without `flock`
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    folder = RunFolder(tmp_path)
+    folder.note("start", attempt="a")
+    folder.note("saved", step=1)
+    assert [record["event"] for record in folder.journal] == ["start", "saved"]
 
 
 def test_the_last_row_of_metrics_is_the_last_whole_one(tmp_path: Path) -> None:

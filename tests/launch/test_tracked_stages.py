@@ -24,6 +24,7 @@ from launch.operating.verbs import main
 from launch.plan import EXPERIMENTS, Run, make
 from launch.record import RunFolder
 from launch.recovery.findings import comes_back, of_attempt
+from launch.recovery.lease import FencedError, Lease
 from launch.recovery.pulse import Pulse
 from launch.stage import run_stage
 from launch.verdict import judged, requested, speak
@@ -191,6 +192,32 @@ def test_rows_that_are_missing_before_the_newest_checkpoint_are_computed_again(
     assert [step for step, _ in rows[1]] == list(range(1, 11))
     again = json.loads(folder.handoff_file.read_text())
     assert again["step"] == handed["step"] == 10
+
+
+def test_who_was_overtaken_as_it_loaded_drops_no_rows_of_the_other_attempt(
+    tmp_path: Path, demo_data: Path
+) -> None:
+    """It would go on from an older checkpoint, and drops what comes after that when it opens the metrics."""
+    run = chain(tmp_path, demo_data, "stage1_align:wandb.mode=disabled")["align"]
+    rows = "".join(f'{{"step": {step}}}\n' for step in (1, 2))
+
+    class Overtaken(Pulse):
+        def __call__(self, doing: str, step: int) -> None:
+            if (run.folder.path / "lease.json").exists() and not run.folder.metrics_file.exists():
+                Lease(run.folder, "7_0-1")
+                run.folder.metrics_file.write_text(rows)
+            super().__call__(doing, step)
+
+    def overtaken() -> str:
+        place = Place(rank=0, local_rank=0, world=1, node="localhost", attempt="7_0-0")
+        run.folder.logs(place.attempt).mkdir(parents=True)
+        with pytest.raises(FencedError):
+            run_stage(run.folder, place, lambda: False, Overtaken(run.folder.logs(place.attempt), 0, "n1"))
+        return "fenced"
+
+    assert ranks(1)(overtaken) == ["fenced"]
+    assert run.folder.metrics_file.read_text() == rows
+    assert run.folder.last("start") is None
 
 
 def test_an_order_waits_for_a_save_and_a_requeue_comes_back(tmp_path: Path) -> None:

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from launch import cluster, verdict
-from launch.files import write_json, write_text
+from launch.files import read_lines, write_json, write_text
 from launch.record import RunFolder
+from launch.recovery import successor
 from launch.recovery.findings import Finding, comes_back, of_attempt
 
 
@@ -259,3 +260,35 @@ def test_the_end_of_an_execution_that_slurm_forgot_does_not_end_the_next(
     host[0] = "n1"
     verdict.stay("1_0", 0, seconds=0.001)
     assert "requeue" in asked
+
+
+@pytest.mark.parametrize(("before", "goes_on"), [(0, True), (4, True), (5, False)])
+def test_a_spare_speaks_for_the_job_that_was_lost_and_ends_where_the_budget_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, before: int, goes_on: bool
+) -> None:
+    job = Job(tmp_path, monkeypatch)
+    for n in range(before):
+        verdict.speak(job.folder, f"{n}", Finding("infrastructure", "SLURM lost n0"), again=True)
+    job.folder.note("launched", attempt="1_0-0", node="n1")
+    job.folder.note("launched", attempt="2_0-0", node="n2")  # the spare's ranks may be as fast
+
+    def call(*command: str, **_: object) -> str:
+        job.asked.append(" ".join(command))
+        if command[-1] == "1_0":
+            return "JobId=1 JobState=NODE_FAIL NodeList=n1\n"
+        shown = "JobId=2 JobState=RUNNING Comment=b.after-1_0\n"
+        return "3" if command[0] == "sbatch" else shown if command[-1] == "2_0" else ""
+
+    monkeypatch.setattr(cluster, "call", call)
+    successor.prepare(job.batch, job.folder, "2_0")
+    assert job.verdicts()[before:] == [("infrastructure", goes_on)]
+    spoken = job.folder.last("verdict") or {}
+    assert (spoken["attempt"], spoken["reason"]) == ("1_0-0", "SLURM lost one of its nodes (n1)")
+    assert bool(spoken.get("held")) is not goes_on
+    assert [record["node"] for record in read_lines(tmp_path / "nodes.jsonl")] == ["n1"]
+    assert any(words.startswith("sbatch") for words in job.asked) is goes_on
+    assert ("scancel 2" in job.asked) is not goes_on
+    job.asked.clear()
+    successor.prepare(job.batch, job.folder, "2_0")  # SLURM starts the spare anew: once is enough
+    assert len(job.verdicts()) == before + 1
+    assert ("scancel 2" in job.asked) is not goes_on

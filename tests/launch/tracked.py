@@ -49,10 +49,16 @@ def hurried(monkeypatch: pytest.MonkeyPatch, **seconds: float) -> None:
 
 
 def start(
-    folder: Path, attempt: int = 1, start_step: int = 0, run: Mapping[str, Any] = RUN, **spec: Any
+    folder: Path,
+    attempt: int = 1,
+    start_step: int = 0,
+    run: Mapping[str, Any] = RUN,
+    lease: str = "",
+    **spec: Any,
 ) -> NoTracker:
     config = {"model": {"backbone": "phi"}, "train": {"optim": {"lr": 2e-5}}}
-    return trackers(folder, run, config, WandbSpec(**spec), rank=0, attempt=attempt, start_step=start_step)
+    facts: dict[str, Any] = {"rank": 0, "attempt": attempt, "start_step": start_step, "lease": lease}
+    return trackers(folder, run, config, WandbSpec(**spec), **facts)
 
 
 def log(tracker: NoTracker, first: int, last: int, pause: float = 0.0) -> None:

@@ -241,6 +241,9 @@ def test_where_a_lost_node_ends_a_job_for_good_its_spare_goes_on(slurm: PrivateS
     slurm.wait(lambda: len(run.of("start")) == 2, 30)
     (spare,) = {record["after"] for record in run.of("submitting") if "after" in record}
     assert spare == run.id
+    slurm.wait(lambda: run.of("verdict"), 30)
+    (spoken,) = run.of("verdict")
+    assert (spoken["attempt"], spoken["verdict"], spoken["again"]) == (f"{run.id}-0", "infrastructure", True)
     # Cancelled is cancelled: its own spare goes with it.
     run.runs("cancel", "x")
 
