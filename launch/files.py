@@ -9,10 +9,13 @@ import fcntl
 import json
 import os
 import stat
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+LOCKED = 10.0  # seconds to wait for another writer of a journal, who takes a thousandth of one
 
 
 def write_text(path: Path, text: str, *, flush: bool = True) -> None:
@@ -57,6 +60,20 @@ def read_json(path: Path) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
+def _lock(handle: int) -> None:
+    """Lock an open file, if that can be had: a node that died may hold it, and some file systems have no locks."""
+    end = time.monotonic() + LOCKED
+    while time.monotonic() < end:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(0.005)
+        except OSError:
+            return
+        else:
+            return
+
+
 def append_line(path: Path, record: Mapping[str, object], *, flush: bool = True) -> None:
     """Add one record to a journal with a single write; records of several writers do not mix.
 
@@ -68,8 +85,7 @@ def append_line(path: Path, record: Mapping[str, object], *, flush: bool = True)
     line = (json.dumps(record, sort_keys=True) + "\n").encode()
     handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
     try:
-        with suppress(OSError):  # a file system without locks; those that need one for this have it
-            fcntl.flock(handle, fcntl.LOCK_EX)
+        _lock(handle)
         size = os.fstat(handle).st_size
         if size and os.pread(handle, 1, size - 1) != b"\n":
             line = b"\n" + line
