@@ -27,6 +27,48 @@ def there(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device)
 
 
+def told(language: Any, segments: Tensor) -> dict[str, Any]:
+    """What keeps samples packed into rows [B, S] apart in a model of transformers, as arguments of its call.
+
+    Each sees itself alone and counts from 0. A mask for eager attention; for the others, which take none, where samples
+    end in all rows laid end to end: position_ids are then [1, B * S].
+    """
+    embeddings = language.get_input_embeddings().weight
+    device, implementation = embeddings.device, language.config._attn_implementation
+    if implementation == "sdpa" or implementation.startswith("flash"):
+        starts, sizes = cut(segments)
+        repeats = torch.tensor(sizes, device=starts.device)
+        first = starts.repeat_interleave(repeats, output_size=segments.numel())
+        position = torch.arange(segments.numel(), device=starts.device) - first
+        found: dict[str, Any] = {"position_ids": there(position[None], device)}
+        if implementation == "sdpa":
+            register()
+            return found | {"attention_mask": sizes_as_mask(tuple(sizes), device)}
+        ends = torch.cat([starts, starts.new_tensor([segments.numel()])])
+        both, longest = there(ends.to(torch.int32), device), max(sizes)
+        return found | {
+            **{"cu_seq_lens_q": both, "cu_seq_lens_k": both},
+            **{"max_length_q": longest, "max_length_k": longest},
+        }
+    segments = there(segments, device)
+    step = torch.arange(segments.shape[1], device=device)
+    same = segments[:, :, None] == segments[:, None, :]
+    seen, back = same & (step[:, None] >= step), window(language)
+    if back is not None:
+        seen &= step[:, None] - step < back
+    first = torch.where(same, step, segments.shape[1]).amin(-1)
+    # Eager attention adds its mask instead of choosing by it.
+    mask = torch.zeros_like(seen, dtype=embeddings.dtype).masked_fill(
+        ~seen, torch.finfo(embeddings.dtype).min
+    )
+    return {"attention_mask": mask[:, None], "position_ids": step - first}
+
+
+def window(language: Any) -> int | None:
+    """How far back a position sees, where it is not to the beginning."""
+    return getattr(language.config, "sliding_window", None)
+
+
 def cut(segments: Tensor) -> tuple[Tensor, list[int]]:
     """(first positions of the samples in rows [B, S] laid end to end, int64; their sizes). Padding is samples too."""
     begins = torch.ones_like(segments, dtype=torch.bool)

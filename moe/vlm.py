@@ -248,62 +248,23 @@ class VLM(nn.Module):
         extra: dict[str, Any] = {} if traffic is None else {"traffic": traffic}
         embeds = spliced.embeds
         if spliced.segments is not None:
-            extra |= self._apart(spliced.segments)
+            extra |= apart.told(self.language, spliced.segments)
             if extra["position_ids"].shape != spliced.segments.shape:
                 embeds = embeds.flatten(0, 1)[None]  # all rows as one, cut at the samples' ends
         elif self._masked():
             extra["attention_mask"] = there(spliced.mask.long(), embeds.device)
-        elif self.language.config._attn_implementation == "sdpa" and self._window() is None:
+        elif self.language.config._attn_implementation == "sdpa" and apart.window(self.language) is None:
             # Right-padded, and no mask is needed: see the module's head. Told so, transformers does not look for one.
             apart.register()
             extra["attention_mask"] = apart.sizes_as_mask((), embeds.device)
         hidden: Tensor = self.language.model(inputs_embeds=embeds, use_cache=False, **extra).last_hidden_state
         return hidden.view_as(spliced.embeds)
 
-    def _window(self) -> int | None:
-        """How far back a position sees, where it is not to the beginning."""
-        return getattr(self.language.config, "sliding_window", None)
-
     def _masked(self) -> bool:
         """Whether what stands where padding is matters: to routers, or to who compares a dense model's outputs."""
         if self.moe is not None:
             return self.moe.rules == "moe_llava"
         return not self.training and not self.language.config._attn_implementation.startswith("flash")
-
-    def _apart(self, segments: Tensor) -> dict[str, Any]:
-        """What keeps samples packed into rows apart: each sees itself alone and counts from 0.
-
-        A mask for eager attention; for the others, which take none, where samples end in all rows laid end to end.
-        """
-        device = self.language.get_input_embeddings().weight.device
-        implementation = self.language.config._attn_implementation
-        if implementation == "sdpa" or implementation.startswith("flash"):
-            starts, sizes = apart.cut(segments)
-            repeats = torch.tensor(sizes, device=starts.device)
-            first = starts.repeat_interleave(repeats, output_size=segments.numel())
-            position = torch.arange(segments.numel(), device=starts.device) - first
-            found: dict[str, Any] = {"position_ids": there(position[None], device)}
-            if implementation == "sdpa":
-                apart.register()
-                return found | {"attention_mask": apart.sizes_as_mask(tuple(sizes), device)}
-            ends = torch.cat([starts, starts.new_tensor([segments.numel()])])
-            both, longest = there(ends.to(torch.int32), device), max(sizes)
-            return found | {
-                **{"cu_seq_lens_q": both, "cu_seq_lens_k": both},
-                **{"max_length_q": longest, "max_length_k": longest},
-            }
-        segments = there(segments, device)
-        step = torch.arange(segments.shape[1], device=device)
-        same = segments[:, :, None] == segments[:, None, :]
-        seen = same & (step[:, None] >= step)
-        window = self._window()
-        if window is not None:
-            seen &= step[:, None] - step < window
-        first = torch.where(same, step, segments.shape[1]).amin(-1)
-        dtype = self.language.get_input_embeddings().weight.dtype
-        # Eager attention adds its mask instead of choosing by it.
-        mask = torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)[:, None]
-        return {"attention_mask": mask, "position_ids": step - first}
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits of any number of positions."""

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from launch import files
 from launch.files import read_json, write_json
 from launch.record import RunFolder, find_runs
 
@@ -77,6 +78,18 @@ def test_a_record_waits_for_another_nodes_and_goes_behind_it(tmp_path: Path) -> 
         os.pwrite(other.fileno(), b'{"event": "verdict", "time": 1.0}\n', end)
     here.join()
     assert [record["event"] for record in folder.journal] == ["start", "verdict", "saved"]
+
+
+def test_a_record_does_not_wait_for_ever_for_a_lock_that_a_dead_node_holds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "LOCKED", 0.05)
+    folder = RunFolder(tmp_path)
+    folder.note("start", attempt="a")
+    with open(folder.journal_file, "rb") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        folder.note("saved", step=1)
+    assert [record["event"] for record in folder.journal] == ["start", "saved"]
 
 
 def test_without_locks_records_are_written_all_the_same(

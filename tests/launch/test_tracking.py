@@ -330,9 +330,8 @@ def test_a_server_that_is_down_at_the_start_gets_all_when_it_is_back(
 ) -> None:
     hurried(monkeypatch, RETRY_SECONDS=0.5, TICK_SECONDS=0.1)
     go = folder.with_name("go")
-    held = (
-        f"import os, time\nwhile not os.path.exists({str(go)!r}): time.sleep(0.01)\n{WandbTracker.command[2]}"
-    )
+    wait_for = f"while os.getppid() == {os.getpid()} and not os.path.exists({str(go)!r}): time.sleep(0.01)"
+    held = f"import os, time\n{wait_for}\n{WandbTracker.command[2]}"
     monkeypatch.setattr(WandbTracker, "command", (sys.executable, "-c", held))
     server.down = True
     tracker = start(folder)
