@@ -18,11 +18,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Those that wait for SLURM come first: side by side with them, others have the cores meanwhile."""
-    items.sort(key=lambda item: item.get_closest_marker("slurm") is None)
-
-
 @pytest.fixture(scope="session")
 def demo_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo's DATA_ROOT, with a dozen held-out questions: for tests that say nothing about what a model learns."""

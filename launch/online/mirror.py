@@ -299,8 +299,11 @@ def alive(pid: int) -> bool:
 
 def main() -> None:
     # SLURM signals every process of a step; what a warning means, the trainer says on the input.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
+    of_slurm = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
+    for number in of_slurm:
         signal.signal(number, signal.SIG_IGN)
+    # Go's runtime, in wandb-core, takes back that SIGTERM is ignored, but not that it is blocked.
+    signal.pthread_sigmask(signal.SIG_BLOCK, of_slurm)
     Mirror(Path(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:]).live()
     # Without this, wandb's exit handlers wait once more for a server that has just been given up.
     sys.stderr.flush()

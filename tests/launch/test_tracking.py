@@ -414,6 +414,11 @@ def test_signals_of_the_cluster_leave_the_mirror_alone(server: WandbServer, fold
     log(tracker, 1, 10)
     wait(lambda: is_online(folder))
     for pid in descendants(state(folder)["pid"]):
+        if (
+            b"wandb-core" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        ):  # else it ignores SIGTERM most of the time
+            blocked = Path(f"/proc/{pid}/status").read_text().partition("SigBlk:")[2].split()[0]
+            assert int(blocked, 16) >> (signal.SIGTERM - 1) & 1
         for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM):
             os.kill(pid, number)
     log(tracker, 11, 20)
