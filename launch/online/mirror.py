@@ -216,14 +216,21 @@ class Mirror:
 
     def end(self, outcome: str) -> None:
         try:
-            for _ in range(2):
-                if self.session is None:
-                    self.open()
-                    self.send()
-                assert self.session is not None
-                session, self.session = self.session, None
-                session.hold({"kind": "summary", "values": self.spent()})
-                session.finish(outcome)
+            for last in (False, False, True):
+                try:
+                    if self.session is None:
+                        self.open()
+                        self.send()
+                    assert self.session is not None
+                    session, self.session = self.session, None
+                    session.hold({"kind": "summary", "values": self.spent()})
+                    session.finish(outcome)
+                except ConnectionError as error:  # wandb-core died: of a signal, now and then
+                    if last:
+                        raise
+                    self.say(f"{error}; once more")
+                    self.leave()
+                    continue
                 # A preempted attempt is in a hurry, and the next one sends what is missing.
                 if not session.online or outcome == "preempted" or self.taken(session.step):
                     self.state["delivered"] = session.online
@@ -299,11 +306,8 @@ def alive(pid: int) -> bool:
 
 def main() -> None:
     # SLURM signals every process of a step; what a warning means, the trainer says on the input.
-    of_slurm = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
-    for number in of_slurm:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    # Go's runtime, in wandb-core, takes back that SIGTERM is ignored, but not that it is blocked.
-    signal.pthread_sigmask(signal.SIG_BLOCK, of_slurm)
     Mirror(Path(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:]).live()
     # Without this, wandb's exit handlers wait once more for a server that has just been given up.
     sys.stderr.flush()
