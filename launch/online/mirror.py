@@ -225,10 +225,12 @@ class Mirror:
                     session, self.session = self.session, None
                     session.hold({"kind": "summary", "values": self.spent()})
                     session.finish(outcome)
-                except ConnectionError as error:  # wandb-core died: of a signal, now and then
-                    if last:
+                except Exception as error:
+                    if last or not client.died(
+                        error
+                    ):  # as it does of a signal to all of the step, now and then
                         raise
-                    self.say(f"{error}; once more")
+                    self.say(f"{type(error).__name__}; once more")
                     self.leave()
                     continue
                 # A preempted attempt is in a hurry, and the next one sends what is missing.

@@ -161,6 +161,13 @@ def handoff_artifact(item: Mapping[str, Any]) -> Any:
     return artifact
 
 
+def died(error: Exception) -> bool:
+    """Whether it says that wandb-core, the process behind wandb, is gone."""
+    from wandb.sdk.mailbox.mailbox_handle import HandleAbandonedError
+
+    return isinstance(error, (ConnectionError, HandleAbandonedError))
+
+
 def close() -> None:
     """Forget every session of this process, also one that hangs, so that a new one can be opened."""
     import wandb
