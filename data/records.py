@@ -54,19 +54,13 @@ def stream(
                     _nothing_follows(file, path, base, text, place + 1, number)
                     return
                 try:
-                    value, end = decoder.raw_decode(text, place)
+                    value, end = _value(decoder, text, place, path, base, number)
                 except json.JSONDecodeError as error:
                     # What the chunk cut off shows at its end, or as a string that does not end.
                     cut = error.pos > len(text) - 64 or error.msg.startswith("Unterminated string")
                     if ended or not cut:
                         raise _broken(path, base + error.pos, number, error.msg, ended) from None
                     more = True
-                except RecursionError:
-                    raise _broken(path, base + place, number, "nested too deeply", False) from None
-                except ValueError:
-                    raise _broken(
-                        path, base + place, number, "a number of thousands of digits", False
-                    ) from None
                 else:
                     # A number at the end of what was read may go on.
                     more = end == len(text) and not ended
@@ -98,6 +92,21 @@ def _nothing_follows(file: Any, path: Path, base: int, text: str, place: int, nu
         if rest:
             raise _broken(path, base + len(text) - len(rest), number, "more follows its end", False)
         base, place, text = base + len(text), 0, file.read(CHUNK).decode("latin-1")
+
+
+def _value(
+    decoder: json.JSONDecoder, text: str, place: int, path: Path, base: int, number: int
+) -> tuple[Any, int]:
+    """The value that starts at `place`, and where it ends; JSONDecodeError where the text may only be cut off."""
+    try:
+        return decoder.raw_decode(text, place)
+    except json.JSONDecodeError:
+        raise
+    except RecursionError:
+        why = "nested too deeply"
+    except ValueError:
+        why = "a number of thousands of digits"
+    raise _broken(path, base + place, number, why, False)
 
 
 def _record(path: Path, number: int, start: int, end: int, text: str, value: Any) -> Record:
@@ -158,16 +167,10 @@ def pairs(path: Path) -> Iterator[tuple[str, Any]]:
                     _nothing_follows(file, path, base, text, place + 1, number)
                     return
                 try:
-                    value, end = decoder.raw_decode(text, place)
+                    value, end = _value(decoder, text, place, path, base, number)
                 except json.JSONDecodeError as error:
                     if ended:
                         raise _broken(path, base + error.pos, number, error.msg) from None
-                except RecursionError:
-                    raise _broken(path, base + place, number, "nested too deeply", False) from None
-                except ValueError:
-                    raise _broken(
-                        path, base + place, number, "a number of thousands of digits", False
-                    ) from None
                 else:
                     if end < len(text) or ended:
                         value = _record(path, number, base + place, base + end, text[place:end], value).value

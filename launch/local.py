@@ -165,9 +165,8 @@ def _finish(one: Run, stage: StagePlan, code: Path, interrupts: Interrupts) -> N
             found = Finding("preempted", "SIGTERM")  # ended as it loaded
         interrupted = found.verdict == "preempted" and found.reason == "SIGTERM"
         done = found.verdict == "finished"
-        full = (
-            found.verdict == "full disk"
-        )  # nobody but this user makes room here, and who waits is told at once
+        # Nobody but this user makes room here, and who waits is told at once.
+        full = found.verdict == "full disk"
         back = not done and not interrupted and not full and comes_back(folder, found.verdict)
         again = back and not interrupts.pressed
         stop = "" if done or back or interrupted else held(folder, found.verdict)

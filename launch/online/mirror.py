@@ -226,9 +226,8 @@ class Mirror:
                     session.hold({"kind": "summary", "values": self.spent()})
                     session.finish(outcome)
                 except Exception as error:
-                    if last or not client.died(
-                        error
-                    ):  # as it does of a signal to all of the step, now and then
+                    # It dies of a signal to all of the step, now and then.
+                    if last or not client.died(error):
                         raise
                     self.say(f"{type(error).__name__}; once more")
                     self.leave()
