@@ -128,7 +128,7 @@ def prepare(batch: Path, folder: RunFolder, element: str) -> None:
                 folder.note("cancelled", by=by(before), job=before)
                 cluster.call("scancel", element.partition("_")[0], timeout=30)
                 return
-            take_over(folder, batch.with_name(token), before)  # before its ranks begin
+            take_over(folder, batch.with_name(token), before)  # first: the run is found by it
             if not bereft(batch.parent.parent, folder, before):
                 cluster.call("scancel", element.partition("_")[0], timeout=30)
                 return

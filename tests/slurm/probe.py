@@ -54,7 +54,7 @@ note start
 srun {python} rank.py {folder} {seconds} {save}
 rc=$?
 note srun=$rc
-(trap '' TERM USR1; exec scontrol -o show job $me > verdict.${{SLURM_RESTART_COUNT:-0}})
+(trap '' TERM USR1; sleep {think}; exec scontrol -o show job $me > verdict.${{SLURM_RESTART_COUNT:-0}})
 note verdict=$?
 {after}
 note end
@@ -86,14 +86,14 @@ class Probe:
         nodes: str = "n1,n2",
         seconds: float = 120,
         save: float = 0.7,
+        think: float = 0,
         after: str = "",
     ) -> Probe:
-        """Submit it as a one-element array, and wait until its ranks run."""
+        """Submit it as a one-element array, and wait until its ranks run; `think`: seconds from srun to the verdict."""
         self.folder.mkdir()
         (self.folder / "rank.py").write_text(RANK)
-        script = BATCH.format(
-            folder=self.folder, python=sys.executable, seconds=seconds, save=save, after=after
-        )
+        shown = {"python": sys.executable, "seconds": seconds, "save": save, "think": think, "after": after}
+        script = BATCH.format(folder=self.folder, **shown)
         shape = ["-N2", "--ntasks-per-node=2", "--array=0", f"--nodelist={nodes}", "--open-mode=append"]
         self.id = self.cluster.sbatch(script, *shape, f"--output={self.folder}/log", *options) + "_0"
         self.cluster.wait(lambda: len(self.when("rank", "start")) == 4)

@@ -51,7 +51,8 @@ def test_preemption_without_grace_leaves_the_batch_script_killwait_for_its_verdi
     slurm: PrivateSlurm, tmp_path: Path
 ) -> None:
     quick = Probe(slurm, tmp_path / "quick").submit()
-    slow = Probe(slurm, tmp_path / "slow").submit(nodes="n3,n4", save=60)
+    # Killed in the same moment as its ranks, unless it is very quick about its verdict, which Python is not.
+    slow = Probe(slurm, tmp_path / "slow").submit(nodes="n3,n4", save=60, think=2)
     preempt(slurm, "n1,n2,n3,n4")
     assert quick.finish().restarts == 1
     assert slow.finish().restarts == 1

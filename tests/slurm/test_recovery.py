@@ -239,6 +239,7 @@ def test_where_a_lost_node_ends_a_job_for_good_its_spare_goes_on(slurm: PrivateS
     slurm.wait_state(run.id, "NODE_FAIL")
     assert run.state()[0] in ("queued", "running")  # the spare, by itself
     slurm.wait(lambda: len(run.of("start")) == 2, 30)
+    slurm.wait(lambda: any("after" in record for record in run.of("submitting")), 30)  # its watch says so
     (spare,) = {record["after"] for record in run.of("submitting") if "after" in record}
     assert spare == run.id
     slurm.wait(lambda: run.of("verdict"), 30)
