@@ -1,4 +1,4 @@
-"""The command `python moe/generate.py CHECKPOINT --image a.jpg "question"`: model and data put together to answer."""
+"""The command `python moe/generate.py CHECKPOINT`: a question, a conversation, or a file of questions."""
 
 from __future__ import annotations
 
@@ -9,16 +9,12 @@ from pathlib import Path
 
 import torch
 
-from data.conversation import IMAGE, answer_end, prompt
-from data.images import ImageFormat, load
+from data.conversation import IMAGE
 from launch.arguments import Parser, whole
-from launch.exits import INTERRUPTED, USAGE
-from moe.generate import answer
-from moe.interchange import open_checkpoint, run_spec
-from moe.parallel import Groups
+from launch.asked import newest, opened
+from launch.exits import INTERRUPTED, OK, USAGE
+from launch.questions import answer_file, part
 from moe.pictures import draw, shares
-from moe.storage import CheckpointError, describe, found
-from moe.vlm import VLM
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -39,14 +35,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--routing", type=Path, metavar="PNG", help="picture which experts the prompt went to"
     )
+    file = parser.add_argument_group("a file of questions, answered as LLaVA's evaluation scripts do")
+    file.add_argument("--questions", type=Path, metavar="FILE", help="JSON lines: question_id, text, image")
+    file.add_argument(
+        "--images", type=Path, metavar="FOLDER", help="of their pictures; default: the file's own"
+    )
+    file.add_argument(
+        "--answers", type=Path, metavar="FILE", help="JSON lines; one begun before is gone on with"
+    )
+    file.add_argument("--append", default="", metavar="TEXT", help="a line after each question")
+    file.add_argument(
+        "--batch", type=whole(1), default=16, metavar="N", help="questions at a time; default 16"
+    )
+    file.add_argument(
+        "--part", type=part, default=(1, 1), metavar="K/N", help="only the Kth of N parts of the file"
+    )
     given = parser.parse_intermixed_args(arguments)  # options may stand before the question
+    _check(parser, given)
     try:
         for image in given.image:  # before a large model is loaded
             if not image.is_file():
                 what = "this is a folder, not a picture" if image.is_dir() else "there is no such file"
                 raise ValueError(f"{image}: {what}")
         given.checkpoint = newest(given.checkpoint)
-        return _converse(given)
+        if given.questions:
+            answer_file(given)
+        else:
+            _converse(given)
     except BrokenPipeError:  # whoever reads has enough
         raise
     except (ValueError, RuntimeError, OSError) as wrong:
@@ -55,34 +70,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(file=sys.stderr)  # the shell's next prompt begins a line
         return INTERRUPTED
+    return OK
 
 
-def newest(path: Path) -> Path:
-    """The newest complete checkpoint of a run folder; any other folder as it is. ValueError where it has none."""
-    if not (path / "spec.json").is_file():
-        return path
-    for checkpoint in found(path / "checkpoints"):
-        try:
-            describe(checkpoint.path)
-        except CheckpointError:
-            continue  # being written, or torn
-        return checkpoint.path
-    raise ValueError(f"{path} has no complete checkpoint; runs.py status says how far the run is")
+def _check(parser: Parser, given: argparse.Namespace) -> None:
+    """Refuse options that do not go together."""
+    if given.questions:
+        if given.question or given.image or given.routing:
+            parser.error("--questions asks what its file says: no question, --image or --routing beside it")
+        if not given.answers:
+            parser.error("--questions wants --answers FILE, where the answers go")
+    elif given.answers or given.images or given.append or given.part != (1, 1):
+        parser.error("--answers, --images, --append and --part go with --questions FILE")
 
 
-def _converse(given: argparse.Namespace) -> int:
-    vlm, tokenizer = open_checkpoint(given.checkpoint)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    vlm.to(device)
-    said = run_spec(given.checkpoint).get("data", {})
-    template = given.template or said.get("template", "v1")
-    if template == "plain":
-        template = "v1"  # stage align's own has no questions
-    look = vlm.vision
-    format = ImageFormat(look.size, look.mean, look.std, look.resize)
-    empty = torch.empty(0, 3, look.size, look.size)
-    pixels = [load(path, format, said.get("aspect", "pad"))[None] for path in given.image]
-    shown = torch.cat(pixels) if pixels else empty
+def _converse(given: argparse.Namespace) -> None:
+    model = opened(given.checkpoint, given.template)
+    shown = model.shown([model.picture(path) for path in given.image])
     turns: list[dict[str, str]] = []
     question = given.question or _ask()
     while question:
@@ -95,17 +99,16 @@ def _converse(given: argparse.Namespace) -> int:
             continue
         text = f"{IMAGE}\n" * len(given.image) + question if not turns else question
         turns.append({"from": "human", "value": text})
-        ids = prompt(turns, tokenizer, template, has_image=bool(given.image))
+        ids = model.prompt(turns, len(given.image))
         if given.routing:
-            _picture(vlm, ids, shown.to(device), given.routing)
-        most, end = given.max_new_tokens, answer_end(tokenizer, template)
-        [reply] = answer(vlm, tokenizer, [ids], [shown], end=end, max_new_tokens=most, groups=Groups.single())
+            asked = torch.tensor([ids], device=model.device)
+            draw(shares(model.vlm, asked, pixel_values=shown.to(model.device)), given.routing)
+        [reply] = model.say([ids], [shown], given.max_new_tokens)
         print(reply, flush=True)
         if given.question:
             break
         turns.append({"from": "gpt", "value": reply})
         question = _ask()
-    return 0
 
 
 def _ask() -> str:
@@ -113,7 +116,3 @@ def _ask() -> str:
         return input("> ").strip()
     except EOFError:
         return ""
-
-
-def _picture(vlm: VLM, ids: list[int], pixels: torch.Tensor, path: Path) -> None:
-    draw(shares(vlm, torch.tensor([ids], device=pixels.device), pixel_values=pixels), path)

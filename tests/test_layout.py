@@ -45,6 +45,8 @@ COMPUTE = {
     "launch/online/session.py",
     "launch/online/panels.py",
     "launch/ask.py",
+    "launch/asked.py",
+    "launch/questions.py",
     "launch/evaluate.py",
     "launch/routing.py",
     "launch/meter.py",

@@ -6,7 +6,6 @@ import json
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +16,13 @@ from PIL import Image
 from torch import Tensor
 
 from moe import generate
-from moe.backbones import train_tokenizer
-from moe.checkpoint import Checkpoints
-from moe.engine import Engine
 from moe.generate import answer, greedy
 from moe.parallel import Groups
 from moe.pictures import draw, shares
-from moe.spec import MoESpec, OptimSpec, TrainSpec
+from moe.spec import MoESpec
 from moe.upcycle import upcycle
-from moe.vlm import IMAGE, VLM, build, train_only
-from tests.moe.tiny import SIZE, batch, model, spec
+from moe.vlm import IMAGE, VLM
+from tests.moe.tiny import SIZE, batch, model
 from tests.ranks import ranks
 
 PROMPTS = [[5, IMAGE, 9, 17], [3, 4], [7, IMAGE, IMAGE, 2, 8, 30, 31]]
@@ -127,39 +123,6 @@ def test_shares_add_up_and_tell_text_from_images(tmp_path: Path) -> None:
         assert picture.size[0] > 400
     with pytest.raises(ValueError, match="a dense model routes nothing"):
         shares(model(), given["input_ids"])
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One step of training, saved as a run's."""
-    run = tmp_path_factory.mktemp("run")
-    tokenizer = train_tokenizer(iter(["USER: What is this? ASSISTANT: A cat."] * 9), 270)
-    tokenizer.save_pretrained(run / "tokenizer")
-    said = spec(tokenizer="train:270")
-    (found,) = ranks(1)(trained, run, len(tokenizer))
-    (run / "spec.json").write_text(
-        json.dumps(
-            {
-                "stage": "moe",
-                "model": asdict(said),
-                "moe": asdict(MoESpec(layers=(0, 3))),
-                "data": {"template": "v1", "aspect": "pad"},
-            }
-        )
-    )
-    return Path(found)
-
-
-def trained(run: Path, words: int) -> str:
-    groups = Groups.create()
-    vlm = build(spec(), vocab_size=words, seed=1, dtype=torch.float32)
-    moe = MoESpec(layers=(0, 3))
-    upcycle(vlm, moe, groups, seed=0)
-    train_only(vlm, ["projector", "experts", "router", "ffn"])
-    train = TrainSpec(global_batch=2, micro_batch=2, precision="fp32", zero=0, optim=OptimSpec(warmup=0))
-    engine = Engine(vlm, train, groups, total_steps=1, moe=moe)
-    engine.train_step([batch([9, 6], [1, 0])])
-    return str(Checkpoints(run / "checkpoints", groups, 1).save(1, engine, {}).path)
 
 
 def test_the_command_answers_a_question(
