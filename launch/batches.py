@@ -19,6 +19,7 @@ from typing import Any
 from launch.files import read_json
 
 LOCK = ".submit.lock"  # in the folder of runs: one submitter at a time holds it, and notes its batches in it
+LINE = ",\n"
 VERSION = 2  # of plan.json; in version 1 each run's folder was made before its job was submitted
 
 
@@ -195,41 +196,33 @@ def text(
     time: float,
     root: str,
     folders: Mapping[str, str],
-    new: Mapping[str, Mapping[str, Any]],
+    common: Mapping[str, Any],
+    new: Mapping[str, list[list[Any]]],
 ) -> str:
-    """plan.json: each element's folder below `root`, and of those that are `new` their run.json and spec.json.
+    """plan.json: each element's folder below `root`, and of those that are `new` what their folders will hold.
 
-    Of these the first is written out, under `common`, and of the others what differs.
+    Of one that is written out, under `common`: its run.json and spec.json; of all what differs from that, as `changes`.
     """
-    common: Mapping[str, Any] = next(iter(new.values()), {})
     head = {"version": VERSION, "code": code, "time": time, "root": root, "common": common}
     parts = [f"{json.dumps(key)}: {json.dumps(value, sort_keys=True)}" for key, value in head.items()]
-    tables: dict[str, Mapping[str, Any]] = {
-        "runs": folders,
-        "new": {index: changes(common, whole) for index, whole in new.items()},
-    }
-    for key, table in tables.items():
-        lines = ",\n".join(f' "{index}": {json.dumps(value)}' for index, value in table.items())
-        parts.append(f'"{key}": {{\n{lines}\n}}')
-    return "{" + ",\n".join(parts) + "}\n"
+    parts.append(f'"runs": {json.dumps(folders, separators=(LINE, ": "))}')
+    entries = (f'"{index}": {json.dumps(found)}' for index, found in new.items())
+    parts.append(f'"new": {{{LINE.join(entries)}}}')
+    return f"{{{LINE.join(parts)}}}\n"
 
 
-def changes(base: Mapping[str, Any], own: Mapping[str, Any]) -> list[list[Any]]:
-    """What differs, as [path, value]: mappings of the same keys are looked into, all else is one value."""
-    found: list[list[Any]] = []
-    stack: list[tuple[tuple[str, ...], Mapping[str, Any], Mapping[str, Any]]] = [((), base, own)]
-    while stack:
-        path, one, other = stack.pop()
-        for key in [key for key, value in other.items() if value is not one[key]]:
-            value, before = other[key], one[key]
-            kind = type(value)
-            if kind is dict and type(before) is dict and value.keys() == before.keys():
-                stack.append(((*path, key), before, value))
-            elif kind is not type(before) or (
-                value != before if kind is str else repr(value) != repr(before)
-            ):
-                found.append([[*path, key], value])  # by its text: 1 is not 1.0, nor is it true
-    return found
+def changes(base: Mapping[str, Any], own: Mapping[str, Any], *above: str) -> list[list[Any]]:
+    """Which values of a mapping differ from those of another of the same keys, as [path, value]."""
+    return [
+        [[*above, key], value]
+        for key, value in own.items()
+        if value is not base[key] and differ(base[key], value)
+    ]
+
+
+def differ(one: Any, other: Any) -> bool:
+    """Whether two JSON values are written differently: 1 is not 1.0, nor is it true."""
+    return one != other if type(one) is type(other) is str else repr(one) != repr(other)
 
 
 def applied(base: Mapping[str, Any], differences: list[list[Any]]) -> dict[str, Any]:

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from functools import cache
+from operator import attrgetter
 from typing import Any
 
 from data.spec import DataSpec
+from launch.batches import differ
 from launch.fields import types_of
 from launch.once import once
 from launch.spec import ExperimentSpec
@@ -71,6 +74,27 @@ def _plain(spec: Any) -> dict[str, Any]:
         name: value if type(value) in SCALARS else plain(value)
         for name, value in zip(types_of(kind), values, strict=True)
     }
+
+
+def changes(base: Any, spec: Any, *above: str) -> list[list[Any]]:
+    """What differs between two specs of a kind as JSON values, as [path, value]; what they share is not looked at."""
+    found: list[list[Any]] = []
+    values = _values(type(base))
+    for name, one, other in zip(types_of(type(base)), values(base), values(spec), strict=True):
+        if one is other:
+            continue
+        kind = type(other)
+        if kind is type(one) and hasattr(kind, "__dataclass_fields__"):
+            found += changes(one, other, *above, name)
+        elif differ(plain(one), value := plain(other)):
+            found.append([[*above, name], value])
+    return found
+
+
+@cache
+def _values(kind: type) -> Callable[[Any], tuple[Any, ...]]:
+    """All fields of a class at a time; it has several."""
+    return attrgetter(*types_of(kind))
 
 
 def digest(spec: ExperimentSpec, parent: str) -> str:

@@ -19,6 +19,7 @@ from launch.spec import NAME, ExperimentSpec
 from moe.stages import STAGES
 
 EXPERIMENTS = REPOSITORY / "experiments"
+UNREADABLE = re.compile(r"[^A-Za-z0-9_.-]+")  # by W&B and SLURM
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class Run:
     @cached_property
     def id(self) -> str:
         """The run's name for W&B and SLURM: at most 64 characters, the same for ever."""
-        readable = re.sub(r"[^A-Za-z0-9_.-]+", "-", self.name.removesuffix("/run"))
+        readable = UNREADABLE.sub("-", self.name.removesuffix("/run"))
         return f"{readable[:55]}-{self.identity[:8]}"
 
     def record(self, code: str) -> dict[str, Any]:

@@ -14,22 +14,24 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 PACKAGES = ("launch", "moe", "data")
 
 
-def files() -> list[Path]:
+def files() -> list[str]:
     """The files that make up the code, relative to the repository, in order."""
-    return sorted(
-        path.relative_to(REPOSITORY)
-        for package in PACKAGES
-        for path in (REPOSITORY / package).rglob("*")
-        if path.is_file() and "__pycache__" not in path.parts and not path.name.startswith(".")
-    )
+    found: list[str] = []
+    for package in PACKAGES:
+        for folder, inner, names in os.walk(REPOSITORY / package):
+            inner[:] = [name for name in inner if name != "__pycache__"]
+            below = os.path.relpath(folder, REPOSITORY)
+            found += [f"{below}/{name}" for name in names if not name.startswith(".")]
+    return sorted(found)
 
 
 def digest() -> str:
     """16 hex digits that name the code's content."""
     total = hashlib.sha256()
-    for path in files():
-        content = (REPOSITORY / path).read_bytes()
-        total.update(f"{path.as_posix()}\0{len(content)}\0".encode())
+    for name in files():
+        with open(f"{REPOSITORY}/{name}", "rb") as file:
+            content = file.read()
+        total.update(f"{name}\0{len(content)}\0".encode())
         total.update(content)
     return total.hexdigest()[:16]
 

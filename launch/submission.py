@@ -19,8 +19,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
-from launch import arrays, batches, cluster, script
+from launch import arrays, batches, cluster, identity, script
 from launch.batches import Batches
 from launch.files import append_line, flush_all, read_json, sync_folder, write_json, write_text
 from launch.once import uncollected
@@ -128,19 +129,7 @@ def prepare(batch: Batch, code: Path, began: Collection[str] = (), after: float 
         write_json(run.folder.spec_file, run.settings, flush=False)
         write_json(run.folder.run_file, run.record(code.name), flush=False)
     (batch.folder / "slurm").mkdir(parents=True, exist_ok=True)
-    elements = {str(batch.element(run)): run for run in batch.runs}
-    plan = batches.text(
-        str(code),
-        now,
-        str(batch.folder.parent.parent),
-        {index: str(run.folder.path) for index, run in elements.items()},
-        {
-            index: {"run": run.record(code.name), "spec": run.settings}
-            for index, run in elements.items()
-            if run.name not in began
-        },
-    )
-    texts = {"plan.json": plan}
+    texts = {"plan.json": _plan(batch, code, now, began)}
     if batch.stage.spec.cluster.executor == "slurm":
         texts["script.sbatch"] = batch.script(code)
     for name, text in texts.items():
@@ -158,6 +147,23 @@ def prepare(batch: Batch, code: Path, began: Collection[str] = (), after: float 
             for run in there
             for file in (run.folder.spec_file, run.folder.run_file, run.folder.journal_file)
         )
+
+
+def _plan(batch: Batch, code: Path, now: float, began: Collection[str]) -> str:
+    """plan.json's text. A sweep's points are told by what differs, most of which they share as objects."""
+    elements = {str(batch.element(run)): run for run in batch.runs}
+    folders = {index: str(run.folder.path) for index, run in elements.items()}
+    new = {index: (run, run.record(code.name)) for index, run in elements.items() if run.name not in began}
+    common: dict[str, Any] = {}
+    changed: dict[str, list[list[Any]]] = {}
+    if new:
+        first, record = next(iter(new.values()))
+        common = {"run": record, "spec": first.settings}
+        changed = {
+            index: [*batches.changes(record, own, "run"), *identity.changes(first.spec, run.spec, "spec")]
+            for index, (run, own) in new.items()
+        }
+    return batches.text(str(code), now, str(batch.folder.parent.parent), folders, common, changed)
 
 
 def send(batch: Batch, lock: int) -> str:

@@ -184,14 +184,14 @@ def survey(folders: Sequence[RunFolder], root: Path) -> list[Facts]:
 
 def read_all(folders: Sequence[str], batches: Batches) -> list[Facts]:
     """The facts of runs of which most may have yet to be submitted: what is not there costs nothing."""
-    present = there(folders)
+    present, none = there(folders), Facts()
     found = []
     for folder in folders:
         if folder in present:
             found.append(Facts.read(folder, batches))
         else:
             entry = batches.entry(folder)
-            found.append(Facts.waiting(entry) if entry else Facts())
+            found.append(Facts.waiting(entry) if entry else none)
     return found
 
 

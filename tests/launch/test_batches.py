@@ -10,17 +10,20 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from launch import batches, cli
+from launch import batches, cli, identity
 from launch.batches import Batches, entry_of
 from launch.files import read_json, write_json
 from launch.operating import verbs
 from launch.record import RunFolder, find_runs, of_element
+from launch.spec import ExperimentSpec
 from tests.launch import chain
 from tests.launch.killed import run as run_and_kill
 
@@ -47,6 +50,38 @@ def test_what_differs_brings_back_the_whole_to_the_letter(
     told = json.loads(json.dumps(batches.changes(one, other)))
     assert json.dumps(batches.applied(one, told), sort_keys=True) == json.dumps(other, sort_keys=True)
     assert json.dumps(one) == before
+
+
+@pytest.mark.parametrize(
+    ("section", "changed"),
+    [
+        (("train", "optim"), {"lr": 3e-5}),
+        (("train",), {"save_every": 7, "precision": "fp32"}),
+        (("moe",), {"layers": (0, 3), "capacity_factor": 1.0}),
+        (("data",), {"mix": {"llava-ft": 1, "mine.json": 0.5}, "bad_samples": False}),
+        (("cluster",), {"sbatch": {"mem": "4G"}, "walltime": ExperimentSpec("moe").cluster.grace}),
+        ((), {"init_from": "hub:/a/folder", "seed": 1, "gpus": 16.0}),
+        ((), {}),
+    ],
+)
+def test_what_differs_between_two_specs_brings_back_the_other_to_the_letter(
+    section: tuple[str, ...], changed: dict[str, Any]
+) -> None:
+    """Values, and values of another type; what two specs share is not mentioned."""
+    one = ExperimentSpec("moe")
+    inner: Any = one
+    for name in section:
+        inner = getattr(inner, name)
+    other: Any = replace(inner, **changed)
+    for depth in range(len(section), 0, -1):
+        above: Any = one
+        for name in section[: depth - 1]:
+            above = getattr(above, name)
+        other = replace(above, **{section[depth - 1]: other})
+    told = json.loads(json.dumps(identity.changes(one, other, "spec")))
+    assert sorted(path for path, _ in told) == sorted(["spec", *section, name] for name in changed)
+    whole = batches.applied({"spec": identity.plain(one)}, told)
+    assert json.dumps(whole, sort_keys=True) == json.dumps({"spec": identity.plain(other)}, sort_keys=True)
 
 
 Command = Callable[..., tuple[int, str]]
@@ -240,7 +275,7 @@ def entries(tmp_path: Path) -> Path:
     whole = {"run": {"id": "x", "name": "e/run", "stage": "align", "parent": None}, "spec": {"steps": 5}}
     batch.mkdir(parents=True)
     (batch / "plan.json").write_text(
-        batches.text("/code", 1.0, str(root), {"0": str(root / "e" / "run")}, {"0": whole})
+        batches.text("/code", 1.0, str(root), {"0": str(root / "e" / "run")}, whole, {"0": []})
     )
     write_json(batch / "batch.json", {"state": "submitted", "token": "t-0", "job": "7"})
     return batch
