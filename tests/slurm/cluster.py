@@ -74,13 +74,15 @@ class PrivateSlurm(Daemons):
         return dict(line.split(maxsplit=1) for line in lines)
 
     def wait(
-        self, predicate: Callable[[], T], timeout: float = 30, *, nudge: bool = False, every: float = 0.05
+        self, predicate: Callable[[], T], timeout: float = 30, *, nudge: bool = False, every: float = 0.0
     ) -> T:
         """Ask until the answer is true and return it; after `timeout` s a SlurmError shows queue and logs.
 
-        With `nudge`, requeued jobs do not wait out their two minutes meanwhile.
+        With `nudge`, requeued jobs do not wait out their two minutes meanwhile. Without `every` it asks less and less
+        often, from 20 to 3 times a second: each answer takes SLURM's commands some of the ranks' time.
         """
-        end = time.monotonic() + timeout
+        began = time.monotonic()
+        end = began + timeout
         while True:
             if answer := predicate():
                 return answer
@@ -88,7 +90,7 @@ class PrivateSlurm(Daemons):
                 raise SlurmError(f"not so after {timeout} s\n{self.describe()}")
             if nudge:
                 self.nudge()
-            time.sleep(every)
+            time.sleep(every or min(max(0.05, (time.monotonic() - began) / 20), 0.3))
 
     def wait_state(self, id: str, *states: str, timeout: float = 30, nudge: bool = False) -> Job:
         """Wait until a job is in one of the states and return it."""

@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,8 @@ CHAIN = [
     "train.micro_batch=8",
 ]
 
+SMALL = ["cluster.gpus_per_node=1", "gpus=2"]  # a rank a node: the start of each takes ten seconds of a core
+
 
 @pytest.fixture
 def cluster(private_slurm: Callable[..., PrivateSlurm]) -> PrivateSlurm:
@@ -58,16 +61,27 @@ def status(cluster: PrivateSlurm, runs: Path) -> dict[str, dict[str, Any]]:
     return {row["run"]: row for row in json.loads(done.stdout)}
 
 
-def finished(cluster: PrivateSlurm, runs: Path, *names: str) -> bool:
-    rows = status(cluster, runs)
-    states = {name: rows[name]["name"] for name in names if name in rows}
-    broken = {
-        name: rows[name] for name, state in states.items() if state in ("failed", "stopped", "cancelled")
-    }
-    if broken:
-        logs = sorted(runs.rglob("logs/*/rank_0.log"), key=os.path.getmtime)
-        pytest.fail(f"{broken}\n{logs[-1].read_text()[-3000:] if logs else ''}\n{cluster.describe()}")
-    return len(states) == len(names) and set(states.values()) == {"done"}
+def finished(cluster: PrivateSlurm, runs: Path, *names: str) -> Callable[[], bool]:
+    """For `cluster.wait`: whether these runs are done. That none has failed is asked now and then: it takes a core."""
+    asked = time.monotonic()
+
+    def done() -> bool:
+        nonlocal asked
+        over = all((runs / name / "handoff.json").exists() for name in names)
+        if not over and time.monotonic() < asked + 15:
+            return False
+        asked = time.monotonic()
+        rows = status(cluster, runs)
+        states = {name: rows[name]["name"] for name in names if name in rows}
+        broken = {
+            name: rows[name] for name, state in states.items() if state in ("failed", "stopped", "cancelled")
+        }
+        if broken:
+            logs = sorted(runs.rglob("logs/*/rank_0.log"), key=os.path.getmtime)
+            pytest.fail(f"{broken}\n{logs[-1].read_text()[-3000:] if logs else ''}\n{cluster.describe()}")
+        return len(states) == len(names) and set(states.values()) == {"done"}
+
+    return done
 
 
 def history(folder: RunFolder) -> list[tuple[int, float]]:
@@ -100,9 +114,7 @@ def test_three_stages_as_chained_arrays_and_a_preemption_that_loses_nothing(
 
     disturbed = RunFolder(runs / "demo" / "stage3_moe" / "lr=1e-3")
     other = RunFolder(runs / "demo" / "stage3_moe" / "lr=2e-3")
-    cluster.wait(
-        lambda: finished(cluster, runs, "demo/stage1_align/run", "demo/stage2_instruct/run"), 240, every=1
-    )
+    cluster.wait(finished(cluster, runs, "demo/stage1_align/run", "demo/stage2_instruct/run"), 240, every=1)
     cluster.wait(lambda: disturbed.last_metrics().get("step", 0) >= 3, 240, every=0.1)
     nodes = ",".join(cluster.job("3_0").nodes)
     urgent = cluster.sbatch(
@@ -111,7 +123,7 @@ def test_three_stages_as_chained_arrays_and_a_preemption_that_loses_nothing(
     cluster.wait(lambda: cluster.job("3_0").restarts == 1, 60)
     cluster.wait_state(urgent, "COMPLETED", timeout=90)
     names = ["demo/stage3_moe/lr=1e-3", "demo/stage3_moe/lr=2e-3"]
-    cluster.wait(lambda: finished(cluster, runs, *names), 400, nudge=True, every=1)
+    cluster.wait(finished(cluster, runs, *names), 400, nudge=True, every=1)
 
     # One restart, of the one element, on one warning; nothing was trained twice and nothing is missing.
     assert {id: job.restarts for id, job in cluster.jobs().items() if id.startswith("3_")} == {
@@ -127,7 +139,7 @@ def test_three_stages_as_chained_arrays_and_a_preemption_that_loses_nothing(
 
     # The undisturbed run, from the same parent, ends in the same weights, losses and handoff, bit for bit.
     submit(cluster, runs, "sweep={train.optim.lr: [1e-3]}", "name=demo/undisturbed", "--only", "moe")
-    cluster.wait(lambda: finished(cluster, runs, "demo/undisturbed/lr=1e-3"), 240, every=1)
+    cluster.wait(finished(cluster, runs, "demo/undisturbed/lr=1e-3"), 240, every=1)
     undisturbed = RunFolder(runs / "demo" / "undisturbed" / "lr=1e-3")
     assert sum(record["event"] == "start" for record in undisturbed.journal) == 1
     assert history(disturbed) == history(undisturbed)
@@ -149,7 +161,8 @@ def test_cancel_is_final(
     monkeypatch.setenv("DATA_ROOT", str(demo_data))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     runs = tmp_path / "runs"
-    submit(cluster, runs, "stage1_align:train.steps=5000", "--only", "align")
+    endless = ["stage1_align:train.steps=5000", "--only", "align", *SMALL]
+    submit(cluster, runs, *endless)
     folder = RunFolder(runs / "demo" / "stage1_align" / "run")
     cluster.wait(lambda: folder.last_metrics().get("step", 0) >= 2, 120, every=0.1)
     cluster.run([sys.executable, ROOT / "launch" / "runs.py", "--runs", runs, "cancel", "stage1"])
@@ -159,7 +172,7 @@ def test_cancel_is_final(
     # What was trained is kept, and submitting again goes on from there.
     saved = folder.last("saved")
     assert saved is not None
-    submit(cluster, runs, "stage1_align:train.steps=5000", "--only", "align")
+    submit(cluster, runs, *endless)
     cluster.wait(lambda: folder.last_metrics().get("step", 0) > saved["step"] + 1, 120, every=0.1)
     assert [r["step"] for r in folder.journal if r["event"] == "start"] == [0, saved["step"]]
     cluster.run([sys.executable, ROOT / "launch" / "runs.py", "--runs", runs, "cancel", "stage1"])
@@ -178,7 +191,7 @@ def test_with_a_grace_and_the_user_signal_the_verdict_requeues_once(
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     cluster = private_slurm(user_signal=True, grace=60)
     runs = tmp_path / "runs"
-    steps = ["stage1_align:train.steps=40", "--only", "align"]
+    steps = ["stage1_align:train.steps=40", "--only", "align", *SMALL]
     submit(cluster, runs, "cluster.partition=grace", *steps)
     folder = RunFolder(runs / "demo" / "stage1_align" / "run")
     cluster.wait(lambda: folder.last_metrics().get("step", 0) >= 3, 120, every=0.1)
@@ -188,13 +201,13 @@ def test_with_a_grace_and_the_user_signal_the_verdict_requeues_once(
     )
     cluster.wait(lambda: cluster.job("1_0").restarts == 1, 60)
     cluster.wait_state(urgent, "COMPLETED", timeout=90)
-    cluster.wait(lambda: finished(cluster, runs, "demo/stage1_align/run"), 200, nudge=True, every=1)
+    cluster.wait(finished(cluster, runs, "demo/stage1_align/run"), 200, nudge=True, every=1)
     cluster.wait_state("1_0", "COMPLETED", timeout=60)  # its last word comes after the handoff
     assert cluster.job("1_0").restarts == 1
     verdicts = [(r["verdict"], r["reason"]) for r in folder.journal if r["event"] == "verdict"]
     assert verdicts == [("preempted", "SIGUSR2"), ("finished", "")]
     submit(cluster, runs, "stage1_align:name=demo/again", *steps)
-    cluster.wait(lambda: finished(cluster, runs, "demo/again/run"), 200, every=1)
+    cluster.wait(finished(cluster, runs, "demo/again/run"), 200, every=1)
     again = RunFolder(runs / "demo" / "again" / "run")
     assert history(folder) == history(again)
     assert (
