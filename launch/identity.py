@@ -10,7 +10,8 @@ import hashlib
 import json
 from collections.abc import Callable
 from functools import cache
-from operator import attrgetter
+from itertools import compress
+from operator import attrgetter, is_not
 from typing import Any
 
 from data.spec import DataSpec
@@ -79,10 +80,9 @@ def _plain(spec: Any) -> dict[str, Any]:
 def changes(base: Any, spec: Any, *above: str) -> list[list[Any]]:
     """What differs between two specs of a kind as JSON values, as [path, value]; what they share is not looked at."""
     found: list[list[Any]] = []
-    values = _values(type(base))
-    for name, one, other in zip(types_of(type(base)), values(base), values(spec), strict=True):
-        if one is other:
-            continue
+    names, values = _fields(type(base))
+    before, after = values(base), values(spec)
+    for name, one, other in compress(zip(names, before, after, strict=True), map(is_not, before, after)):
         kind = type(other)
         if kind is type(one) and hasattr(kind, "__dataclass_fields__"):
             found += changes(one, other, *above, name)
@@ -92,9 +92,10 @@ def changes(base: Any, spec: Any, *above: str) -> list[list[Any]]:
 
 
 @cache
-def _values(kind: type) -> Callable[[Any], tuple[Any, ...]]:
-    """All fields of a class at a time; it has several."""
-    return attrgetter(*types_of(kind))
+def _fields(kind: type) -> tuple[tuple[str, ...], Callable[[Any], tuple[Any, ...]]]:
+    """The names of a class's fields, and what gives all their values at a time."""
+    names = tuple(types_of(kind))
+    return names, attrgetter(*names) if len(names) > 1 else lambda spec: (getattr(spec, names[0]),)
 
 
 def digest(spec: ExperimentSpec, parent: str) -> str:

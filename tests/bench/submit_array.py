@@ -3,9 +3,9 @@
 On a private SLURM, side by side and in turns: a bare `sbatch --array`, submitit's `map_array`, and this project's own
 transaction (launch.submission: plan, script, intent, sbatch, record, all flushed to the disk). RPCs are those that
 slurmctld counts (sdiag), files are those below the folder of the contender. What comes before the transaction is told
-apart: reading the YAML and checking every point (`plan`), the digests that name the runs (`names`), and what the start
-of Python and the imports take; last the whole command, `submit.py` in a process of its own. CPU is this process's.
-The jobs wait for an hour that does not come.
+apart: reading the YAML and checking every point (`plan`), the digests that name the runs (`names`), whether the code is
+kept already (`code`), and what the start of Python and the imports take; last the whole command, `submit.py` in a
+process of its own. CPU is this process's. The jobs wait for an hour that does not come.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ def by_submitit(folder: Path, size: int) -> None:
 
 def ours(folder: Path, size: int) -> None:
     """A sweep, planned and submitted; the snapshot of the code is there, as after the first submission."""
-    [batch] = submission.submit(prepared(folder, size), folder / "runs" / "code" / snapshot.digest())
+    [code] = (folder / "runs" / "code").iterdir()
+    [batch] = submission.submit(prepared(folder, size), code)
     assert len(batch[0].runs) == size
 
 
@@ -90,7 +91,7 @@ def files(folder: Path) -> int:
 def once(slurm: PrivateSlurm, name: str, size: int, folder: Path) -> dict[str, float]:
     """One submission, measured, and cancelled."""
     folder.mkdir(parents=True)
-    planning = naming = 0.0
+    planning = naming = coding = 0.0
     if name == "ours":
         began = time.perf_counter()
         planned = prepared(folder, size)
@@ -98,6 +99,9 @@ def once(slurm: PrivateSlurm, name: str, size: int, folder: Path) -> dict[str, f
         assert len({run.identity for stage in planned.stages for run in stage.runs}) == size
         naming = time.perf_counter() - began - planning
         snapshot.take(folder / "runs")
+        began = time.perf_counter()
+        snapshot.take(folder / "runs")
+        coding = time.perf_counter() - began
     before, there = rpcs(slurm), files(folder)
     began, cpu = time.perf_counter(), time.process_time()
     CONTENDERS[name](folder, size)
@@ -109,6 +113,7 @@ def once(slurm: PrivateSlurm, name: str, size: int, folder: Path) -> dict[str, f
         "files": files(folder) - there,
         "plan": planning,
         "names": naming,
+        "code": coding,
     }
     if name == "ours":
         (folder / "runs").rename(folder / "before")
@@ -161,7 +166,8 @@ def main() -> None:
                     f"  (bare {middle['over bare'] * 1000:+7.1f} ms)  {middle['rpcs']:4.0f} RPCs"
                     f"  {middle['files']:5.0f} files"
                     + (
-                        f"  (before it: plan {middle['plan'] * 1000:.0f} ms, names {middle['names'] * 1000:.0f} ms;"
+                        f"  (before it: plan {middle['plan'] * 1000:.0f} ms, names {middle['names'] * 1000:.0f} ms,"
+                        f" code {middle['code'] * 1000:.0f} ms;"
                         f" the whole command {middle['command'] * 1000:.0f} ms)"
                         if name == "ours"
                         else ""
