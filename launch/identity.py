@@ -80,11 +80,11 @@ def _plain(spec: Any) -> dict[str, Any]:
 def changes(base: Any, spec: Any, *above: str) -> list[list[Any]]:
     """What differs between two specs of a kind as JSON values, as [path, value]; what they share is not looked at."""
     found: list[list[Any]] = []
-    names, values = _fields(type(base))
+    kind: type = type(base)
+    names, values = _fields(kind)
     before, after = values(base), values(spec)
     for name, one, other in compress(zip(names, before, after, strict=True), map(is_not, before, after)):
-        kind = type(other)
-        if kind is type(one) and hasattr(kind, "__dataclass_fields__"):
+        if type(other) is type(one) and hasattr(type(other), "__dataclass_fields__"):
             found += changes(one, other, *above, name)
         elif differ(plain(one), value := plain(other)):
             found.append([[*above, name], value])
