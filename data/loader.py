@@ -283,8 +283,8 @@ class Loader:
             sample = int(chance.integers(self._mixture.starts[-1]))
             row = self._row(sample)
             # In a packed sequence there is no more room than the sample had.
-            fits = not self._packed or self._mixture.lengths[sample] <= self._mixture.lengths[job.sample]
-            if fits and len(row.images) == len(job.row.images):
+            length, room = self._mixture.lengths(np.array([sample, job.sample]))
+            if (length <= room or not self._packed) and len(row.images) == len(job.row.images):
                 return sample, row
         raise DataError(f"nothing can replace {job.replaced[-1]}: no other sample is like it")
 

@@ -20,6 +20,7 @@ import torch
 from data.index import Index
 from data.sampler import by_modality
 
+PART = 1 << 16  # records looked at together
 WINDOW = 64  # megabatches among which group_by: length sorts
 
 
@@ -44,37 +45,54 @@ class Mixture:
 
     def __init__(self, sources: Sequence[Source], patches: int, longest: int) -> None:
         self.sources = list(sources)
+        self._more, self._longest = np.int32(patches - 1), longest
         self._records: list[np.ndarray | range] = []
-        lengths: list[np.ndarray] = []
         self.too_long: list[np.ndarray] = []  # of each source: records whose first answer does not fit at all
         self.overlong = 0  # samples that are cut
         for source in self.sources:
             columns = source.index.columns
-            images, more = columns["images"], np.int32(patches - 1)
-            total = np.multiply(images, more, dtype=np.int32)
-            total += columns["tokens"]
-            # Of most records nothing else need be read: this runs at each start, over all of them.
-            long = np.flatnonzero(total > longest)
-            before = columns["head"][long] + columns["head_images"][long] * more
+            images = columns["images"]
+            # This runs at each start, over all records; of most of them nothing else need be read.
+            long, least = self._longer(images, columns["tokens"])
+            before = columns["head"][long] + columns["head_images"][long] * self._more
             lost = long[(before >= longest) & (images[long] >= 0)]
             self.too_long.append(lost)
-            if len(lost) or int(images.min(initial=0)) < 0:
+            self.overlong += int((images[long] >= 0).sum()) - len(lost)
+            if len(lost) or least < 0:
                 fits = images >= 0
                 fits[lost] = False
-                chosen = np.flatnonzero(fits).astype(np.int32)
-                total = total[chosen]
-                self._records.append(chosen)
+                self._records.append(np.flatnonzero(fits).astype(np.int32))
             else:
-                self._records.append(range(len(total)))
-            self.overlong += int((total > longest).sum()) if len(long) else 0
-            lengths.append(np.minimum(total, longest, out=total))
+                self._records.append(range(len(images)))
         self.starts = np.concatenate([[0], np.cumsum([len(records) for records in self._records])])
-        # Tokens of each, patches included.
-        self.lengths = lengths[0] if len(lengths) == 1 else np.concatenate([np.empty(0, np.int32), *lengths])
         self.draws = [
             max(1, round(source.weight * len(records))) if len(records) else 0
             for source, records in zip(self.sources, self._records, strict=True)
         ]
+
+    def _longer(self, images: np.ndarray, tokens: np.ndarray) -> tuple[np.ndarray, int]:
+        """The records that are too long, and the least number of images; in parts that stay in a processor's cache."""
+        found, least = [np.empty(0, np.int64)], 0
+        for at in range(0, len(images), PART):
+            part = images[at : at + PART]
+            least = min(least, int(part.min()))
+            total = np.multiply(part, self._more, dtype=np.int32)
+            total += tokens[at : at + PART]
+            if total.max() > self._longest:
+                found.append(at + np.flatnonzero(total > self._longest))
+        return np.concatenate(found), least
+
+    def lengths(self, samples: np.ndarray) -> np.ndarray:
+        """Tokens of some samples, int32, patches included."""
+        found = np.empty(len(samples), np.int32)
+        for number, (source, records) in enumerate(zip(self.sources, self._records, strict=True)):
+            mine = np.flatnonzero((samples >= self.starts[number]) & (samples < self.starts[number + 1]))
+            inside = samples[mine] - self.starts[number]
+            chosen = inside if isinstance(records, range) else records[inside]
+            columns = source.index.columns
+            total = np.multiply(columns["images"][chosen], self._more, dtype=np.int32)
+            found[mine] = np.minimum(total + columns["tokens"][chosen], self._longest)
+        return found
 
     @property
     def samples(self) -> int:
@@ -186,7 +204,7 @@ class Stream:
         order = permutation(len(members), seed, 3, epoch)
         if self._group_by == "none":
             return Plain(order, size)
-        return Buckets(order, self._mixture.lengths[members], size, seed, epoch)
+        return Buckets(order, self._mixture.lengths(members), size, seed, epoch)
 
 
 class Plain(Sequence[list[int]]):

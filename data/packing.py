@@ -143,7 +143,7 @@ class PackedStream:
         stop = min(FIRST + window * WINDOW, self._mixture.samples)
         order = Shuffle(self._mixture.samples, self._seed, 7, epoch)
         samples = self._mixture.members(epoch, self._seed, order[np.arange(start, stop)])
-        bins = pack(self._mixture.lengths[samples].tolist(), self._capacity)
+        bins = pack(self._mixture.lengths(samples).tolist(), self._capacity)
         mixed = permutation(len(bins), self._seed, 8, epoch, window)
         self._packed = ((epoch, window), [samples[bins[at]].tolist() for at in mixed])
         return self._packed[1]
